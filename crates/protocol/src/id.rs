@@ -1,0 +1,237 @@
+//! Identifiers: room, event, user, alias and server names.
+//!
+//! <https://spec.matrix.org/v1.18/appendices/#common-identifier-format>
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// An identifier longer than this many bytes is refused everywhere.
+pub const ID_BYTES_MAX: usize = 255;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a valid {kind}")]
+pub struct IdError {
+    pub kind: &'static str,
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $check:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            pub fn parse(text: &str) -> Result<Self, IdError> {
+                let check: fn(&str) -> bool = $check;
+                if text.len() <= ID_BYTES_MAX && check(text) {
+                    Ok(Self(text.into()))
+                } else {
+                    Err(IdError { kind: $kind })
+                }
+            }
+
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+                s.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+                Self::parse(&text).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+id!(
+    /// `!opaque:server` in room versions 1 to 11, `!hash` from 12 on.
+    RoomId,
+    "room id",
+    |t| t.len() > 1 && t.starts_with('!') && !t.contains('\0')
+);
+id!(
+    /// `$opaque:server` in room versions 1 and 2, `$hash` from 3 on.
+    EventId,
+    "event id",
+    |t| t.len() > 1 && t.starts_with('$') && !t.contains('\0')
+);
+id!(
+    /// `@localpart:server`. Historical localparts are accepted.
+    UserId,
+    "user id",
+    |t| split_domain(t, '@').is_some_and(|(_, domain)| is_server_name(domain))
+);
+id!(
+    /// `#localpart:server`.
+    RoomAlias,
+    "room alias",
+    |t| split_domain(t, '#').is_some_and(|(local, domain)| !local.is_empty() && is_server_name(domain))
+);
+id!(
+    /// `host[:port]`, the host a DNS name or an IP literal.
+    ServerName,
+    "server name",
+    is_server_name
+);
+
+impl UserId {
+    pub fn localpart(&self) -> &str {
+        split_domain(&self.0, '@').map_or("", |(local, _)| local)
+    }
+
+    pub fn server_name(&self) -> ServerName {
+        ServerName(self.server_str().into())
+    }
+
+    /// The server's name without a copy.
+    pub fn server_str(&self) -> &str {
+        split_domain(&self.0, '@').map_or("", |(_, domain)| domain)
+    }
+}
+
+impl RoomAlias {
+    pub fn server_name(&self) -> ServerName {
+        ServerName(
+            split_domain(&self.0, '#')
+                .map_or("", |(_, domain)| domain)
+                .into(),
+        )
+    }
+}
+
+impl RoomId {
+    /// The domain of a room id of versions 1 to 11; `None` for a hash.
+    pub fn server_name(&self) -> Option<ServerName> {
+        let (_, domain) = split_domain(&self.0, '!')?;
+        ServerName::parse(domain).ok()
+    }
+}
+
+impl ServerName {
+    /// The name without its port, as ACLs see it (joins.md R-3).
+    pub fn host(&self) -> &str {
+        host_and_port(&self.0).map_or(&self.0, |(host, _)| host)
+    }
+
+    pub fn port(&self) -> Option<u16> {
+        host_and_port(&self.0).and_then(|(_, port)| port)
+    }
+}
+
+fn split_domain(text: &str, sigil: char) -> Option<(&str, &str)> {
+    if text.contains('\0') {
+        return None;
+    }
+    text.strip_prefix(sigil)?.split_once(':')
+}
+
+fn is_server_name(text: &str) -> bool {
+    text.len() <= 230 && host_and_port(text).is_some()
+}
+
+fn host_and_port(text: &str) -> Option<(&str, Option<u16>)> {
+    let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+        let (literal, port) = rest.split_once(']')?;
+        literal.parse::<std::net::Ipv6Addr>().ok()?;
+        (
+            &text[..literal.len() + 2],
+            port.strip_prefix(':')
+                .or(if port.is_empty() { None } else { return None }),
+        )
+    } else {
+        match text.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        }
+    };
+    let named = host.starts_with('[')
+        || (!host.is_empty()
+            && host
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.'));
+    if !named {
+        return None;
+    }
+    match port {
+        None => Some((host, None)),
+        Some(digits) if digits.len() <= 5 && digits.bytes().all(|b| b.is_ascii_digit()) => {
+            Some((host, Some(digits.parse().ok()?)))
+        }
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_names_are_told_from_nonsense() {
+        for good in [
+            "a",
+            "example.org",
+            "example.org:8448",
+            "127.0.0.1:80",
+            "[::1]",
+            "[::1]:8448",
+        ] {
+            assert!(ServerName::parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "", "a b", "a:", "a:123456", "[::1", "[::1]x", "a:80:80", "é.org", "a_b",
+        ] {
+            assert!(ServerName::parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(ServerName::parse("[::1]:8448").unwrap().host(), "[::1]");
+        assert_eq!(ServerName::parse("[::1]:8448").unwrap().port(), Some(8448));
+    }
+
+    #[test]
+    fn a_user_id_has_a_localpart_and_a_server() {
+        let user = UserId::parse("@alice:example.org:8448").unwrap();
+        assert_eq!(
+            (user.localpart(), user.server_str()),
+            ("alice", "example.org:8448")
+        );
+        assert!(UserId::parse("@alice").is_err());
+        assert!(UserId::parse("alice:example.org").is_err());
+    }
+
+    #[test]
+    fn a_hash_room_id_has_no_domain() {
+        assert_eq!(RoomId::parse("!abc").unwrap().server_name(), None);
+        assert!(
+            RoomId::parse("!abc:example.org")
+                .unwrap()
+                .server_name()
+                .is_some()
+        );
+    }
+}

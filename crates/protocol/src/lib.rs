@@ -1,0 +1,10 @@
+//! The law: pure functions over Matrix values.
+//!
+//! This crate knows no socket, file, thread, clock or source of chance, and no async. Whoever calls
+//! it hands in the bytes, the keys and the events; it answers with values.
+
+pub mod id;
+pub mod nid;
+pub mod pdu;
+pub mod room_version;
+pub mod state;

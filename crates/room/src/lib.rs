@@ -1,0 +1,9 @@
+//! The decisions: one sans-IO machine for each thing that happens to a room.
+//!
+//! A machine is a plain value. It never acts: it asks for one of five effects ([`effect::Effect`]) and is
+//! told the result ([`effect::Input`]). It knows no SQL, no HTTP, no clock, no chance and no async; time
+//! arrives with every input. To read one, start at its `handle`: the table of states and inputs there *is*
+//! the machine.
+
+pub mod effect;
+pub mod write;
