@@ -1,5 +1,5 @@
 """A TLS proxy in front of a homeserver's federation port, which records requests and can hold
-back or refuse chosen ones. Its port is the one in the homeserver's name, so that every other
+back, refuse or spoil chosen ones. Its port is the one in the homeserver's name, so that every other
 server reaches the homeserver through it."""
 
 import http.client
@@ -25,8 +25,9 @@ class Exchange:
 class Rule:
     """Applies to the requests whose path matches. `lift` ends it."""
 
-    def __init__(self, proxy, pattern, status):
-        self.proxy, self.pattern, self.status = proxy, re.compile(pattern), status
+    def __init__(self, proxy, pattern, *, hold=False, status=None, spoil=None, cut=False):
+        self.proxy, self.pattern = proxy, re.compile(pattern)
+        self.hold, self.status, self.spoil, self.cut = hold, status, spoil, cut
         self.hits = 0
         self.hit, self.lifted = threading.Event(), threading.Event()
 
@@ -76,11 +77,19 @@ class Proxy:
 
     def hold(self, pattern):
         """Requests for matching paths wait until the rule is lifted."""
-        return self.add(Rule(self, pattern, None))
+        return self.add(Rule(self, pattern, hold=True))
 
     def refuse(self, pattern, status=500):
         """Requests for matching paths are answered with an error."""
-        return self.add(Rule(self, pattern, status))
+        return self.add(Rule(self, pattern, status=status))
+
+    def spoil(self, pattern, change):
+        """The server's answers for matching paths are what `change` makes of them (bytes)."""
+        return self.add(Rule(self, pattern, spoil=change))
+
+    def cut(self, pattern):
+        """The server's answers for matching paths break off in the middle."""
+        return self.add(Rule(self, pattern, cut=True))
 
     def add(self, rule):
         self.rules.append(rule)
@@ -92,15 +101,15 @@ class Proxy:
 
     def forward(self, handler):
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        for rule in list(self.rules):
-            if not rule.pattern.search(handler.path):
-                continue
+        rules = [rule for rule in list(self.rules) if rule.pattern.search(handler.path)]
+        for rule in rules:
             rule.hits += 1
             rule.hit.set()
             if rule.status is not None:
                 error = b'{"errcode": "M_UNKNOWN", "error": "refused by the test"}'
                 return self.answer(handler, rule.status, [("Content-Type", "application/json")], error)
-            rule.lifted.wait(self.HOLD_LIMIT)
+            if rule.hold:
+                rule.lifted.wait(self.HOLD_LIMIT)
         try:
             tls = ssl._create_unverified_context()  # this machine, and a server we started
             upstream = http.client.HTTPSConnection(
@@ -120,9 +129,11 @@ class Proxy:
         except (OSError, http.client.HTTPException):
             handler.close_connection = True  # the server is down: so is this connection
             return
-        self.answer(handler, status, headers, content)
+        for rule in rules:
+            content = rule.spoil(content) if rule.spoil else content
+        self.answer(handler, status, headers, content, any(rule.cut for rule in rules))
 
-    def answer(self, handler, status, headers, content):
+    def answer(self, handler, status, headers, content, cut=False):
         self.exchanges.append(Exchange(handler.command, handler.path, status, content))
         handler.send_response_only(status)
         for name, value in headers:
@@ -130,6 +141,9 @@ class Proxy:
                 handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
+        if cut:
+            content = content[: len(content) // 2]
+            handler.close_connection = True
         handler.wfile.write(content)
 
 
