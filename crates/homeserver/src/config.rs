@@ -1,0 +1,91 @@
+//! The settings that the services read. Where they come from is the binary's business.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use protocol::id::ServerName;
+use protocol::room_version::RoomVersion;
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub server_name: ServerName,
+    /// What clients should use, for the well-known file; `None`: not told.
+    pub public_base_url: Option<String>,
+    pub default_room_version: RoomVersion,
+    pub registration: Registration,
+    /// Enables `/_synapse/admin/v1/register`.
+    pub registration_shared_secret: Option<String>,
+    pub limits: Limits,
+    pub join: JoinSettings,
+    pub media_path: PathBuf,
+    pub media_upload_bytes_max: u64,
+    pub appservice_files: Vec<PathBuf>,
+    pub trusted_key_servers: Vec<ServerName>,
+    /// How long a client's request may wait for a room to become full (C-35).
+    pub full_state_wait_max: Duration,
+    pub presence: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registration {
+    Closed,
+    Open,
+    /// Only with a registration token.
+    Token,
+}
+
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// `false` lifts every rate limit.
+    pub enabled: bool,
+}
+
+/// How joins and resyncs go beyond what every resident expects. Each is a setting because test suites
+/// forbid requests that they do not know.
+#[derive(Clone, Debug)]
+pub struct JoinSettings {
+    /// Ask `state_ids` of two donors and compare (O-46).
+    pub compare_donors: bool,
+    /// Send the same signed join to a second server when the first is silent for some seconds.
+    pub race_send_join: bool,
+    /// After a resync, send our latest event to servers that missed it (O-2).
+    pub tell_missed_servers: bool,
+    /// Verify signatures in exact batches, or one at a time.
+    pub batch_verification: bool,
+}
+
+impl Default for JoinSettings {
+    fn default() -> Self {
+        Self {
+            compare_donors: true,
+            race_send_join: true,
+            tell_missed_servers: true,
+            batch_verification: true,
+        }
+    }
+}
+
+impl Config {
+    /// The defaults for a server of this name: closed registration, limits on.
+    pub fn new(server_name: ServerName) -> Self {
+        Self {
+            server_name,
+            public_base_url: None,
+            default_room_version: RoomVersion::V12,
+            registration: Registration::Closed,
+            registration_shared_secret: None,
+            limits: Limits { enabled: true },
+            join: JoinSettings::default(),
+            media_path: PathBuf::from("data/media"),
+            media_upload_bytes_max: 50 << 20,
+            appservice_files: Vec::new(),
+            trusted_key_servers: Vec::new(),
+            full_state_wait_max: Duration::from_secs(120),
+            presence: true,
+        }
+    }
+
+    pub fn is_ours(&self, user: &protocol::id::UserId) -> bool {
+        user.server_str() == self.server_name.as_str()
+    }
+}
