@@ -228,31 +228,51 @@ pub type StateKey = (Arc<str>, Arc<str>);
 pub enum Load {
     /// → [`Loaded::Head`]
     Head,
-    /// Which of these events are stored, and how. → [`Loaded::Known`]
+    /// Which of these events are stored, and how. Ids not stored are absent. → [`Loaded::Known`]
     Known { ids: Vec<EventId> },
-    /// Numbers for events and state keys, given out where there is none yet. → [`Loaded::Interned`]
+    /// As Known, with the events themselves. → [`Loaded::Found`]
+    Find { ids: Vec<EventId> },
+    /// Numbers for events and state keys, given out where there is none yet, also in a room that is not
+    /// known so far. The answer has them in the order of the question. → [`Loaded::Interned`]
     Intern {
         version: RoomVersion,
         ids: Vec<EventId>,
         keys: Vec<StateKey>,
     },
-    /// The state before and after each of these timeline events. → [`Loaded::States`]
+    /// The state before and after each of these timeline (or backfilled) events; those that have no state
+    /// are absent. → [`Loaded::States`]
     States { events: Vec<EventNid> },
     /// The events that stand at these keys in this state. Absent keys are absent. → [`Loaded::StateEvents`]
     StateEvents {
         state: StateMap,
         keys: Vec<StateKey>,
     },
-    /// What a resolution of these maps needs: every event on which they differ, the events in `also`, and
-    /// the whole auth chains of both; plus the keys' numbers. → [`Loaded::Closure`]
+    /// What a resolution of these maps needs. → [`Loaded::Closure`] with
+    /// - the events of every key on which the maps differ (a key that only some of them have counts),
+    /// - the events in `also`,
+    /// - for each event so far, what stands in each map at the keys that its auth rules may read,
+    /// - the whole auth chains of all these,
+    /// - when the maps differ, also the auth chains of the events they agree on: what is in those is not in
+    ///   the auth difference.
+    ///
+    /// `keys` of the set numbers the key of each of its state events and each key that their rules may
+    /// read, as far as they have a number.
     Closure {
         maps: Vec<StateMap>,
         also: Vec<EventNid>,
     },
-    /// Events by number, without their auth chains. → [`Loaded::Closure`] with just these.
+    /// Events by number, without their auth chains. → [`Loaded::Closure`] with just these, and their keys.
     Events { events: Vec<EventNid> },
-    /// Partial events all of whose prev events are full or unknown, in stream order. → [`Loaded::Ready`]
+    /// At most `limit` partial events in an order in which each event's prev events are full, unknown, or
+    /// stand earlier in the list; as near to stream order as that allows. → [`Loaded::Ready`]
     ReadyPartial { limit: u32 },
+    /// The timeline events that name one of these in `prev_events`. → [`Loaded::Children`]
+    Children { events: Vec<EventNid> },
+    /// The timeline events that are not partial and name one of these in `auth_events`, in stream order:
+    /// what S-18 judges again. → [`Loaded::Ready`]
+    AuthDependents { events: Vec<EventNid> },
+    /// What is stored about a membership of our user apart from the room's state. → [`Loaded::OutOfBand`]
+    OutOfBand { user: UserId },
     /// The servers with a joined member in the current state, own name excluded. → [`Loaded::Hosts`]
     Hosts,
     /// Prev events of the timeline's oldest events that are not stored, deepest first, with their depth
@@ -264,6 +284,7 @@ pub enum Load {
 pub enum Loaded {
     Head(Option<Box<Head>>),
     Known(BTreeMap<EventId, Known>),
+    Found(BTreeMap<EventId, Found>),
     Interned {
         events: Vec<EventNid>,
         keys: Vec<KeyNid>,
@@ -272,6 +293,9 @@ pub enum Loaded {
     StateEvents(BTreeMap<StateKey, (EventNid, Arc<Pdu>)>),
     Closure(EventSet),
     Ready(Vec<ReadyEvent>),
+    /// For each of the events asked about (absent: none), the events upon it.
+    Children(BTreeMap<EventNid, Vec<Child>>),
+    OutOfBand(Option<Box<StoredOutOfBand>>),
     Hosts(Vec<ServerName>),
     BackwardExtremities(Vec<(EventId, i64)>),
 }
@@ -289,7 +313,7 @@ pub struct Head {
     pub state: StateMap,
     /// Our users that are joined in the current state.
     pub local_joined: Vec<UserId>,
-    /// The smallest depth in the timeline.
+    /// The smallest depth in the timeline, backfilled events included.
     pub min_depth: i64,
     /// Whether a handshake of ours for this room is between its intent and its end.
     pub handshake_running: bool,
@@ -319,6 +343,32 @@ pub struct Known {
     pub place: Place,
     pub rejected: bool,
     pub partial: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub known: Known,
+    pub pdu: Arc<Pdu>,
+    /// The number of `(type, state_key)`, for state events.
+    pub key: Option<KeyNid>,
+}
+
+/// A timeline event that has a certain prev event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Child {
+    pub nid: EventNid,
+    pub rejected: bool,
+    pub soft_failed: bool,
+}
+
+/// An invite, knock or leave of our user in a room we are not in, as [`crate::write::OutOfBand`] stored it.
+#[derive(Clone, Debug)]
+pub struct StoredOutOfBand {
+    pub membership: Arc<str>,
+    pub nid: EventNid,
+    pub pdu: Arc<Pdu>,
+    pub via: ServerName,
+    pub stripped_state: Vec<Arc<str>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -353,13 +403,16 @@ pub struct StoredEvent {
     pub rejected: bool,
 }
 
-/// A partial event whose turn has come in the resync.
+/// An event to be judged (again) on full state.
 #[derive(Clone, Debug)]
 pub struct ReadyEvent {
     pub nid: EventNid,
     pub pdu: Arc<Pdu>,
+    /// The number of `(type, state_key)`, for state events.
+    pub key: Option<KeyNid>,
     pub rejected: bool,
-    /// Its prev events in the timeline, all full.
+    pub soft_failed: bool,
+    /// Its prev events in the timeline.
     pub known_prevs: Vec<EventNid>,
     /// Its prev events that have no place in the DAG here.
     pub unknown_prevs: Vec<EventId>,

@@ -18,6 +18,8 @@ pub struct WriteSet {
     /// Apply only if the room's revision is still this one (`Some(0)`: the room is not known); else
     /// nothing is written and the commit is stale. `None` for writes that need no guard.
     pub expect: Option<u64>,
+    /// Events to store. One that is stored as an outlier already is given its place, state and verdict by
+    /// this; one that is an outlier here and is stored in any form is left as it is.
     pub events: Vec<NewEvent>,
     /// Events judged again on full state (S-9), or given a place.
     pub rejudged: Vec<Rejudged>,
@@ -62,7 +64,7 @@ pub struct NewEvent {
     pub verdict: Verdict,
     /// Who must be sent this event. Only for events of our own users, and joins we accepted.
     pub fan_out: FanOut,
-    /// `(device, txn_id)` of the request that made it, for `unsigned.transaction_id` and retries.
+    /// User, device and txn id of the request that made it, for `unsigned.transaction_id` and retries.
     pub transaction: Option<Transaction>,
 }
 
