@@ -4,6 +4,8 @@
 //! handle that every door holds; each service is a module with its own small type, so that a signature tells
 //! what a function can touch.
 
+pub mod accounts;
+pub mod appservice;
 pub mod clock;
 pub mod config;
 pub mod error;

@@ -1,0 +1,21 @@
+//! The client-server API: one topic, one file.
+//!
+//! <https://spec.matrix.org/v1.18/client-server-api/>
+
+mod versions;
+
+use axum::Router;
+use homeserver::Homeserver;
+
+/// All endpoints under `/_matrix/client`.
+///
+/// `r0`, `v1` and `v3` serve the same routes: which of the three an endpoint lives under is history, and
+/// clients in the wild use all of them. Each topic's `routes()` names its paths from after the version on.
+pub fn routes() -> Router<Homeserver> {
+    let versioned = Router::new();
+    Router::new()
+        .nest("/_matrix/client/r0", versioned.clone())
+        .nest("/_matrix/client/v1", versioned.clone())
+        .nest("/_matrix/client/v3", versioned)
+        .merge(versions::routes())
+}
