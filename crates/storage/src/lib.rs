@@ -1,1 +1,157 @@
+//! The memory: one set of SQL, two engines.
+//!
+//! A [`Store`] gives snapshots to read and transactions to write. SQL lives in plain synchronous functions
+//! over `&mut dyn Conn`, one file for each topic; [`Store::read`] and [`Store::write`] run them on the
+//! engine's threads (docs/decisions/0001-sync-sql.md). This crate decides nothing about rooms and knows
+//! neither HTTP nor other servers; only `sqlite.rs` and `postgres.rs` name a database engine.
 
+pub mod driver;
+mod migrations;
+mod postgres;
+mod sequence;
+mod sqlite;
+pub mod streams;
+
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+pub use crate::driver::{Conn, Error, Param, Result, Row, Value, texts};
+use crate::driver::{Engine, Job};
+pub use crate::sequence::Sequence;
+
+/// Closures waiting or running at a time; beyond that, callers wait. Bounds what a burst can pile up.
+const QUEUE_MAX: usize = 4096;
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Threads that read.
+    pub readers: usize,
+    /// Connections that write. SQLite has always one.
+    pub writers: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            readers: 4,
+            writers: 4,
+        }
+    }
+}
+
+/// The database. Clones share it; the last one to go ends its threads.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    engine: Box<dyn Engine>,
+    queue: Arc<Semaphore>,
+    sequences: sequence::Sequences,
+}
+
+impl Store {
+    /// Opens (and brings up to date) `sqlite:PATH`, `sqlite::memory:` or `postgres://…`.
+    pub async fn open(url: &str, options: Options) -> Result<Self> {
+        let owned = url.to_owned();
+        let (engine, dialect) = tokio::task::spawn_blocking(move || open_engine(&owned, &options))
+            .await
+            .map_err(Error::engine)??;
+        let store = Self {
+            inner: Arc::new(Inner {
+                engine,
+                queue: Arc::new(Semaphore::new(QUEUE_MAX)),
+                sequences: sequence::Sequences::default(),
+            }),
+        };
+        store.write(move |c| migrations::run(c, dialect)).await?;
+        Ok(store)
+    }
+
+    /// Runs `f` on one snapshot. It may run again when a connection is lost.
+    pub async fn read<T, F>(&self, f: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
+    {
+        let (job, answer) = self.job(f).await?;
+        self.inner.engine.submit_read(job);
+        answer.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Runs `f` in one transaction: committed, durably, when it answers `Ok`, undone when it answers `Err`.
+    /// It may run several times when transactions collide; only the last run counts.
+    pub async fn write<T, F>(&self, f: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
+    {
+        let (job, answer) = self.job(f).await?;
+        self.inner.engine.submit_write(job);
+        answer.await.map_err(|_| Error::Closed)?
+    }
+
+    async fn job<T, F>(&self, f: F) -> Result<(Box<dyn Job>, oneshot::Receiver<Result<T>>)>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
+    {
+        let permit = Arc::clone(&self.inner.queue)
+            .acquire_owned()
+            .await
+            .map_err(|_| Error::Closed)?;
+        let (reply, answer) = oneshot::channel();
+        let job = Closure {
+            f,
+            value: None,
+            reply,
+            _permit: permit,
+        };
+        Ok((Box::new(job), answer))
+    }
+}
+
+/// The dialect of the schema files' SQL.
+type Dialect = fn(&str) -> String;
+
+fn open_engine(url: &str, options: &Options) -> Result<(Box<dyn Engine>, Dialect)> {
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        let engine = sqlite::Sqlite::open(path, options.readers)?;
+        return Ok((Box::new(engine), sqlite::schema_dialect));
+    }
+    if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+        let engine = postgres::Postgres::open(url, options.readers, options.writers)?;
+        return Ok((Box::new(engine), str::to_owned));
+    }
+    Err(Error::Refused(
+        "a database URL starts with sqlite: or postgres://".to_owned(),
+    ))
+}
+
+struct Closure<T, F> {
+    f: F,
+    value: Option<T>,
+    reply: oneshot::Sender<Result<T>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<T, F> Job for Closure<T, F>
+where
+    T: Send,
+    F: FnMut(&mut dyn Conn) -> Result<T> + Send,
+{
+    fn run(&mut self, conn: &mut dyn Conn) -> Result<()> {
+        self.value = None;
+        self.value = Some((self.f)(conn)?);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, outcome: Result<()>) {
+        let Self { value, reply, .. } = *self;
+        // Whoever asked may have gone away.
+        let _gone = reply.send(outcome.and_then(|()| value.ok_or(Error::Closed)));
+    }
+}

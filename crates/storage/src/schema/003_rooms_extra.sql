@@ -1,0 +1,1 @@
+-- Aliases, receipts, relations, search.

@@ -1,0 +1,358 @@
+//! SQLite: reader threads on WAL snapshots, one writer thread that commits in groups.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use rusqlite::types::{ToSqlOutput, Value as Owned, ValueRef};
+use rusqlite::vtab::array::{Array, load_module};
+use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql};
+
+use crate::driver::{Conn, Engine, Error, Job, Param, Result, Row, Value, run_caught};
+
+/// How many writes share one commit at most: enough to hide the fsync, few enough that the first one does
+/// not wait long.
+const GROUP_MAX: usize = 128;
+
+/// Prepared statements kept for each connection; more than this program has.
+const STATEMENTS_MAX: usize = 1024;
+
+/// How long a connection waits for another process's lock (a backup, an admin's shell).
+const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
+
+pub(crate) struct Sqlite {
+    reads: Option<Sender<Box<dyn Job>>>,
+    writes: Option<Sender<Box<dyn Job>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Sqlite {
+    /// `path` is a file, or `:memory:` for a database that lives on the writer's connection alone.
+    pub(crate) fn open(path: &str, readers: usize) -> Result<Self> {
+        let in_memory = path == ":memory:";
+        let writer = connect(path, true)?;
+        let (writes, write_queue) = unbounded();
+        let (reads, read_queue) = unbounded::<Box<dyn Job>>();
+        let mut threads = vec![spawn("sqlite-writer", move || {
+            write_loop(&writer, &write_queue);
+        })?];
+        if !in_memory {
+            for _ in 0..readers.max(1) {
+                let connection = connect(path, false)?;
+                let queue = read_queue.clone();
+                threads.push(spawn("sqlite-reader", move || {
+                    read_loop(&connection, &queue);
+                })?);
+            }
+        }
+        Ok(Self {
+            reads: (!in_memory).then_some(reads),
+            writes: Some(writes),
+            threads,
+        })
+    }
+}
+
+impl Engine for Sqlite {
+    fn submit_read(&self, job: Box<dyn Job>) {
+        match &self.reads {
+            Some(reads) => send(reads, job),
+            None => self.submit_write(job),
+        }
+    }
+
+    fn submit_write(&self, job: Box<dyn Job>) {
+        match &self.writes {
+            Some(writes) => send(writes, job),
+            None => job.finish(Err(Error::Closed)),
+        }
+    }
+}
+
+impl Drop for Sqlite {
+    fn drop(&mut self) {
+        self.reads = None;
+        self.writes = None;
+        let here = std::thread::current().id();
+        for thread in self.threads.drain(..) {
+            // The last handle may have been dropped by a closure on one of these threads.
+            if thread.thread().id() != here && thread.join().is_err() {
+                tracing::error!("a database thread panicked");
+            }
+        }
+    }
+}
+
+fn send(queue: &Sender<Box<dyn Job>>, job: Box<dyn Job>) {
+    if let Err(refused) = queue.send(job) {
+        refused.into_inner().finish(Err(Error::Closed));
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map_err(Error::engine)
+}
+
+fn connect(path: &str, writer: bool) -> Result<Connection> {
+    let connection = if path == ":memory:" {
+        Connection::open_in_memory()
+    } else {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        Connection::open_with_flags(Path::new(path), flags)
+    }
+    .map_err(translate)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    connection.busy_timeout(BUSY_TIMEOUT).map_err(translate)?;
+    // The page size must come before the first table. FULL: what was answered 200 survives a power cut.
+    let pragmas = "PRAGMA page_size = 16384; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+        PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768; PRAGMA journal_size_limit = 67108864;";
+    connection.execute_batch(pragmas).map_err(translate)?;
+    if !writer {
+        connection
+            .execute_batch("PRAGMA query_only = ON")
+            .map_err(translate)?;
+    }
+    load_module(&connection).map_err(translate)?;
+    Ok(connection)
+}
+
+fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>) {
+    while let Ok(mut job) = queue.recv() {
+        let outcome = connection
+            .execute_batch("BEGIN DEFERRED")
+            .map_err(translate)
+            .and_then(|()| {
+                let outcome = run_caught(job.as_mut(), &mut SqliteConn { connection });
+                let ended = connection.execute_batch("ROLLBACK").map_err(translate);
+                outcome.and(ended)
+            });
+        job.finish(outcome);
+    }
+}
+
+fn write_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>) {
+    while let Ok(first) = queue.recv() {
+        write_group(connection, first, queue);
+    }
+}
+
+/// Runs what is queued, each job in a savepoint of its own, and replies after the one commit.
+fn write_group(connection: &Connection, first: Box<dyn Job>, queue: &Receiver<Box<dyn Job>>) {
+    if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
+        first.finish(Err(translate(error)));
+        return;
+    }
+    let mut done: Vec<(Box<dyn Job>, Result<()>)> = Vec::new();
+    let mut next = Some(first);
+    while let Some(mut job) = next {
+        let outcome = run_in_savepoint(connection, job.as_mut());
+        done.push((job, outcome));
+        next = if done.len() < GROUP_MAX {
+            queue.try_recv().ok()
+        } else {
+            None
+        };
+    }
+    let committed = connection.execute_batch("COMMIT");
+    if committed.is_err() && !connection.is_autocommit() {
+        let _ended = connection.execute_batch("ROLLBACK");
+    }
+    for (job, outcome) in done {
+        let outcome = match &committed {
+            Ok(()) => outcome,
+            Err(error) => outcome.and(Err(Error::engine(error.to_string()))),
+        };
+        job.finish(outcome);
+    }
+}
+
+fn run_in_savepoint(connection: &Connection, job: &mut dyn Job) -> Result<()> {
+    if connection.is_autocommit() {
+        // A full disk and its like roll the whole transaction back, not the statement.
+        return Err(Error::engine(
+            "the transaction was rolled back by the engine",
+        ));
+    }
+    connection
+        .execute_batch("SAVEPOINT job")
+        .map_err(translate)?;
+    let outcome = run_caught(job, &mut SqliteConn { connection });
+    let end = if outcome.is_ok() {
+        "RELEASE job"
+    } else {
+        "ROLLBACK TO job; RELEASE job"
+    };
+    let ended = connection.execute_batch(end).map_err(translate);
+    outcome.and(ended)
+}
+
+struct SqliteConn<'c> {
+    connection: &'c Connection,
+}
+
+impl Conn for SqliteConn<'_> {
+    fn query(
+        &mut self,
+        sql: &str,
+        params: &[&dyn Param],
+        each: &mut dyn FnMut(&dyn Row) -> Result<()>,
+    ) -> Result<()> {
+        let mut statement = prepare(self.connection, sql)?;
+        bind(&mut statement, |index| params.get(index).map(|p| p.value()))?;
+        let mut rows = statement.raw_query();
+        while let Some(row) = rows.next().map_err(translate)? {
+            each(&SqliteRow(row))?;
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, sql: &str, params: &[&dyn Param]) -> Result<u64> {
+        let mut statement = prepare(self.connection, sql)?;
+        bind(&mut statement, |index| params.get(index).map(|p| p.value()))?;
+        run_bound(&mut statement)
+    }
+
+    fn execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64> {
+        let mut statement = prepare(self.connection, sql)?;
+        let mut changed = 0;
+        for row in rows {
+            bind(&mut statement, |index| row.get(index).copied())?;
+            changed += run_bound(&mut statement)?;
+        }
+        Ok(changed)
+    }
+}
+
+fn prepare<'c>(connection: &'c Connection, sql: &str) -> Result<rusqlite::CachedStatement<'c>> {
+    if sql.contains("rarray_text(") {
+        // One array module serves both kinds here.
+        return connection
+            .prepare_cached(&sql.replace("rarray_text(", "rarray("))
+            .map_err(translate);
+    }
+    connection.prepare_cached(sql).map_err(translate)
+}
+
+fn run_bound(statement: &mut rusqlite::CachedStatement<'_>) -> Result<u64> {
+    if statement.column_count() == 0 {
+        return Ok(statement.raw_execute().map_err(translate)? as u64);
+    }
+    let mut count = 0;
+    let mut rows = statement.raw_query();
+    while rows.next().map_err(translate)?.is_some() {
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// Binds `$n` to the n-th value, in whatever order the statement names them.
+fn bind<'v>(
+    statement: &mut rusqlite::CachedStatement<'_>,
+    value: impl Fn(usize) -> Option<Value<'v>>,
+) -> Result<()> {
+    for place in 1..=statement.parameter_count() {
+        let number = statement
+            .parameter_name(place)
+            .and_then(|name| name.strip_prefix('$'))
+            .and_then(|digits| digits.parse::<usize>().ok())
+            .ok_or_else(|| Error::engine("parameters must be written $1, $2, …"))?;
+        let value = value(number - 1)
+            .ok_or_else(|| Error::engine(format!("no value for parameter ${number}")))?;
+        match list(value) {
+            Some(array) => statement.raw_bind_parameter(place, array),
+            None => statement.raw_bind_parameter(place, Bound(value)),
+        }
+        .map_err(translate)?;
+    }
+    Ok(())
+}
+
+/// A list as the `rarray` module takes it.
+fn list(value: Value<'_>) -> Option<Array> {
+    match value {
+        Value::Ints(list) => Some(Rc::new(list.iter().map(|n| Owned::Integer(*n)).collect())),
+        Value::Texts(list) => Some(Rc::new(
+            (0..list.count())
+                .map(|index| Owned::Text(list.text(index).to_owned()))
+                .collect(),
+        )),
+        _ => None,
+    }
+}
+
+struct Bound<'a>(Value<'a>);
+
+impl ToSql for Bound<'_> {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(match self.0 {
+            Value::Null => ToSqlOutput::Borrowed(ValueRef::Null),
+            Value::Int(number) => ToSqlOutput::Borrowed(ValueRef::Integer(number)),
+            Value::Text(text) => ToSqlOutput::Borrowed(ValueRef::Text(text.as_bytes())),
+            Value::Blob(bytes) => ToSqlOutput::Borrowed(ValueRef::Blob(bytes)),
+            Value::Ints(_) | Value::Texts(_) => ToSqlOutput::Borrowed(ValueRef::Null),
+        })
+    }
+}
+
+struct SqliteRow<'r, 's>(&'r rusqlite::Row<'s>);
+
+impl SqliteRow<'_, '_> {
+    fn get(&self, column: usize) -> Result<ValueRef<'_>> {
+        self.0.get_ref(column).map_err(translate)
+    }
+}
+
+impl Row for SqliteRow<'_, '_> {
+    fn opt_int(&self, column: usize) -> Result<Option<i64>> {
+        match self.get(column)? {
+            ValueRef::Null => Ok(None),
+            ValueRef::Integer(number) => Ok(Some(number)),
+            other => Err(wrong_type(column, "a number", other)),
+        }
+    }
+
+    fn opt_text(&self, column: usize) -> Result<Option<&str>> {
+        match self.get(column)? {
+            ValueRef::Null => Ok(None),
+            ValueRef::Text(bytes) => std::str::from_utf8(bytes)
+                .map(Some)
+                .map_err(|_| Error::corrupt("text that is not UTF-8")),
+            other => Err(wrong_type(column, "text", other)),
+        }
+    }
+
+    fn opt_blob(&self, column: usize) -> Result<Option<&[u8]>> {
+        match self.get(column)? {
+            ValueRef::Null => Ok(None),
+            ValueRef::Blob(bytes) => Ok(Some(bytes)),
+            other => Err(wrong_type(column, "bytes", other)),
+        }
+    }
+}
+
+fn wrong_type(column: usize, wanted: &str, found: ValueRef<'_>) -> Error {
+    Error::Corrupt(format!(
+        "column {column} is {}, not {wanted}",
+        found.data_type()
+    ))
+}
+
+fn translate(error: rusqlite::Error) -> Error {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::ConstraintViolation) => Error::Constraint(error.to_string()),
+        _ => Error::engine(error),
+    }
+}
+
+/// The words of the schema that SQLite spells in another way.
+pub(crate) fn schema_dialect(sql: &str) -> String {
+    sql.replace("BIGINT PRIMARY KEY", "INTEGER PRIMARY KEY")
+        .replace("BYTEA", "BLOB")
+}

@@ -1,0 +1,286 @@
+//! Transactions, parameters, streams and numbers.
+
+use std::sync::mpsc;
+
+use storage::streams::{self, Stream};
+use storage::{Conn, Error, Result, Sequence, row, texts};
+
+use crate::engines::Database;
+
+const CREATE: &str = "CREATE TABLE scratch (a BIGINT PRIMARY KEY, b TEXT, c BYTEA)";
+const INSERT: &str = "INSERT INTO scratch (a, b) VALUES ($1, $2)";
+const COUNT: &str = "SELECT COUNT(*) FROM scratch";
+
+async fn scratch(database: &Database) -> storage::Store {
+    let store = database.open().await;
+    // BYTEA is a word of the schema files; a column of it holds bytes in SQLite too.
+    store.write(|c| c.execute(CREATE, &[])).await.unwrap();
+    store
+}
+
+fn count(c: &mut dyn Conn) -> Result<i64> {
+    c.query_one(COUNT, &[], |row| row.int(0))
+}
+
+pub async fn a_failed_write_leaves_nothing(database: &Database) {
+    let store = scratch(database).await;
+    let outcome: Result<()> = store
+        .write(|c| {
+            c.execute(INSERT, &[&1_i64, &"one"])?;
+            Err(Error::Refused("no".to_owned()))
+        })
+        .await;
+    assert!(matches!(outcome, Err(Error::Refused(_))));
+    let outcome = store
+        .write(|c| {
+            c.execute(INSERT, &[&2_i64, &"two"])?;
+            c.execute(INSERT, &[&2_i64, &"again"])
+        })
+        .await;
+    assert!(matches!(outcome, Err(Error::Constraint(_))), "{outcome:?}");
+    assert_eq!(store.read(count).await.unwrap(), 0);
+}
+
+pub async fn a_panic_leaves_the_store_alive(database: &Database) {
+    let store = scratch(database).await;
+    for _ in 0..20 {
+        let outcome: Result<()> = store
+            .write(|c| {
+                c.execute(INSERT, &[&1_i64, &"one"])?;
+                panic!("on purpose")
+            })
+            .await;
+        assert!(matches!(outcome, Err(Error::Panicked(text)) if text == "on purpose"));
+        let outcome: Result<()> = store.read(|_| panic!("on purpose")).await;
+        assert!(matches!(outcome, Err(Error::Panicked(_))));
+    }
+    assert_eq!(store.read(count).await.unwrap(), 0);
+}
+
+pub async fn a_reader_sees_one_snapshot(database: &Database) {
+    let store = scratch(database).await;
+    if !database.lasting {
+        // In memory there is one connection: nothing runs beside a reader.
+        return;
+    }
+    let (in_snapshot, reader_began) = mpsc::channel();
+    let (written, writer_ended) = mpsc::channel();
+    let reader = store.clone();
+    let reading = tokio::spawn(async move {
+        reader
+            .read(move |c| {
+                let before = count(c)?;
+                in_snapshot.send(()).unwrap();
+                writer_ended.recv().unwrap();
+                Ok((before, count(c)?))
+            })
+            .await
+    });
+    tokio::task::spawn_blocking(move || reader_began.recv())
+        .await
+        .unwrap()
+        .unwrap();
+    store
+        .write(|c| c.execute(INSERT, &[&1_i64, &"one"]))
+        .await
+        .unwrap();
+    written.send(()).unwrap();
+    assert_eq!(reading.await.unwrap().unwrap(), (0, 0));
+    assert_eq!(store.read(count).await.unwrap(), 1);
+}
+
+pub async fn colliding_writes_add_up(database: &Database) {
+    let store = scratch(database).await;
+    store
+        .write(|c| c.execute(INSERT, &[&1_i64, &"0"]))
+        .await
+        .unwrap();
+    // Each reads, then writes what it read plus one: lost updates unless transactions are serialised.
+    let tasks: Vec<_> = (0..40)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                store
+                    .write(|c| {
+                        let read = "SELECT b FROM scratch WHERE a = 1";
+                        let found = c.query_one(read, &[], |row| row.string(0))?;
+                        let next = found.parse::<i64>().unwrap() + 1;
+                        c.execute(
+                            "UPDATE scratch SET b = $1 WHERE a = 1",
+                            &[&next.to_string()],
+                        )
+                    })
+                    .await
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    let last = store
+        .read(|c| c.query_one("SELECT b FROM scratch", &[], |row| row.string(0)))
+        .await
+        .unwrap();
+    assert_eq!(last, "40");
+}
+
+pub async fn lists_are_parameters(database: &Database) {
+    let store = scratch(database).await;
+    let found = store
+        .write(|c| {
+            for (a, b) in [(1_i64, "one"), (2, "two"), (3, "three")] {
+                c.execute(INSERT, &[&a, &b])?;
+            }
+            let by_number =
+                "SELECT a FROM scratch WHERE a IN (SELECT value FROM rarray($1)) ORDER BY a";
+            let by_text =
+                "SELECT a FROM scratch WHERE b IN (SELECT value FROM rarray_text($1)) ORDER BY a";
+            let numbers = vec![3_i64, 1, 7];
+            let names = vec!["two".to_owned(), "three".to_owned()];
+            Ok((
+                c.query_all(by_number, &[&numbers], |row| row.int(0))?,
+                c.query_all(by_text, &[&texts(&names)], |row| row.int(0))?,
+                c.query_all(by_number, &[&Vec::<i64>::new()], |row| row.int(0))?,
+            ))
+        })
+        .await
+        .unwrap();
+    assert_eq!(found, (vec![1, 3], vec![2, 3], vec![]));
+}
+
+pub async fn many_rows_are_written_at_once(database: &Database) {
+    let store = scratch(database).await;
+    let changed = store
+        .write(|c| {
+            let names: Vec<String> = (0..3000).map(|n| format!("name {n}")).collect();
+            let rows: Vec<_> = names
+                .iter()
+                .enumerate()
+                .map(|(n, name)| row![i64::try_from(n).unwrap(), name])
+                .collect();
+            c.execute_many(INSERT, &rows)
+        })
+        .await
+        .unwrap();
+    assert_eq!(changed, 3000);
+    let last = store
+        .read(|c| c.query_one("SELECT b FROM scratch WHERE a = 2999", &[], |r| r.string(0)))
+        .await
+        .unwrap();
+    assert_eq!(last, "name 2999");
+}
+
+pub async fn numbers_are_never_given_twice(database: &Database) {
+    let store = database.open().await;
+    let first = store.numbers(Sequence::Events, 10).await.unwrap();
+    let second = store.numbers(Sequence::Events, 5000).await.unwrap();
+    let third = store.number(Sequence::Events).await.unwrap();
+    assert_eq!((first.start, first.end), (1, 11));
+    assert!(second.start >= first.end && third >= second.end);
+    assert_eq!(store.number(Sequence::Rooms).await.unwrap(), 1);
+    if database.lasting {
+        drop(store);
+        let store = database.open().await;
+        assert!(store.number(Sequence::Events).await.unwrap() > third);
+    }
+}
+
+pub async fn parameters_may_stand_in_any_order(database: &Database) {
+    let store = scratch(database).await;
+    let found = store
+        .write(|c| {
+            c.execute(
+                "INSERT INTO scratch (b, a) VALUES ($2, $1)",
+                &[&5_i64, &"five"],
+            )?;
+            let sql = "SELECT b FROM scratch WHERE b = $2 AND a = $1 AND b = $2";
+            c.query_opt(sql, &[&5_i64, &"five"], |row| row.string(0))
+        })
+        .await
+        .unwrap();
+    assert_eq!(found.as_deref(), Some("five"));
+}
+
+pub async fn positions_rise_without_gaps(database: &Database) {
+    let store = database.open().await;
+    let outcome: Result<i64> = store
+        .write(|c| {
+            streams::advance(c, Stream::Events, 3)?;
+            Err(Error::Refused("undone".to_owned()))
+        })
+        .await;
+    assert!(outcome.is_err());
+    let tasks: Vec<_> = (0..20)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move { store.write(|c| streams::next(c, Stream::Events)).await })
+        })
+        .collect();
+    let mut given = Vec::new();
+    for task in tasks {
+        given.push(task.await.unwrap().unwrap());
+    }
+    given.sort_unstable();
+    assert_eq!(given, (1..=20).collect::<Vec<i64>>());
+    let (first, other, all) = store
+        .write(|c| {
+            Ok((
+                streams::advance(c, Stream::Events, 5)?,
+                streams::position(c, Stream::Receipts)?,
+                streams::positions(c)?,
+            ))
+        })
+        .await
+        .unwrap();
+    assert_eq!((first, other, all[0]), (21, 0, 25));
+}
+
+pub async fn texts_and_bytes_come_back_as_they_were(database: &Database) {
+    let store = scratch(database).await;
+    let text = "é \0 \u{10FFFF}0 \" '";
+    let bytes: Vec<u8> = (0..=255).collect();
+    let written = bytes.clone();
+    store
+        .write(move |c| {
+            c.execute(
+                "INSERT INTO scratch (a, b, c) VALUES ($1, $2, $3)",
+                &[&i64::MIN, &text, &written],
+            )?;
+            c.execute(INSERT, &[&i64::MAX, &None::<String>])
+        })
+        .await
+        .unwrap();
+    let rows = store
+        .read(|c| {
+            c.query_all("SELECT a, b, c FROM scratch ORDER BY a", &[], |row| {
+                Ok((
+                    row.int(0)?,
+                    row.opt_string(1)?,
+                    row.opt_blob(2)?.map(<[u8]>::to_vec),
+                ))
+            })
+        })
+        .await
+        .unwrap();
+    let wanted = [
+        (i64::MIN, Some(text.to_owned()), Some(bytes)),
+        (i64::MAX, None, None),
+    ];
+    assert_eq!(rows, wanted);
+}
+
+pub async fn what_was_written_survives_a_reopening(database: &Database) {
+    if !database.lasting {
+        return;
+    }
+    let store = scratch(database).await;
+    store
+        .write(|c| c.execute(INSERT, &[&1_i64, &"one"]))
+        .await
+        .unwrap();
+    // A second store on the same database, opened while the first one was never closed.
+    let again = database.open().await;
+    assert_eq!(again.read(count).await.unwrap(), 1);
+    drop(store);
+    assert_eq!(database.open().await.read(count).await.unwrap(), 1);
+}

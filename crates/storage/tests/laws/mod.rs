@@ -1,0 +1,5 @@
+//! What every engine must hold to.
+
+mod driver;
+
+pub use driver::*;
