@@ -3,6 +3,7 @@
 //! This crate knows no socket, file, thread, clock or source of chance, and no async. Whoever calls
 //! it hands in the bytes, the keys and the events; it answers with values.
 
+pub mod event_set;
 pub mod id;
 pub mod nid;
 pub mod pdu;

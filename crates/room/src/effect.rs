@@ -10,6 +10,8 @@ use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
+pub use protocol::event_set::{EventSet, StateKey, StoredEvent};
+
 use crate::write::WriteSet;
 
 /// Names one effect of one machine. A reply whose ticket the present state does not hold is late or
@@ -220,9 +222,6 @@ pub enum AskError {
 
 // -- Load -----------------------------------------------------------------------------------------
 
-/// `(type, state_key)`.
-pub type StateKey = (Arc<str>, Arc<str>);
-
 /// A question to one snapshot of the store, always about one room.
 #[derive(Clone, Debug)]
 pub enum Load {
@@ -387,20 +386,6 @@ pub struct StateAt {
     /// Equal to `before` unless the event is an accepted state event.
     pub after: StateMap,
     pub partial: bool,
-}
-
-/// Events by number, and the numbers of the state keys that their auth rules may read.
-#[derive(Clone, Debug, Default)]
-pub struct EventSet {
-    pub events: BTreeMap<EventNid, StoredEvent>,
-    pub keys: BTreeMap<StateKey, KeyNid>,
-}
-
-#[derive(Clone, Debug)]
-pub struct StoredEvent {
-    pub pdu: Arc<Pdu>,
-    pub auth_events: Vec<EventNid>,
-    pub rejected: bool,
 }
 
 /// An event to be judged (again) on full state.
