@@ -27,12 +27,7 @@ const SINCE: &str = "SELECT room_id, kind, content FROM account_data
 const OF_ROOM: &str = "SELECT room_id, kind, content FROM account_data
     WHERE user_id = $1 AND room_id = $2 ORDER BY kind";
 
-pub fn get(
-    c: &mut dyn Conn,
-    user: &UserId,
-    room_id: &str,
-    kind: &str,
-) -> Result<Option<String>> {
+pub fn get(c: &mut dyn Conn, user: &UserId, room_id: &str, kind: &str) -> Result<Option<String>> {
     c.query_opt(GET, &[user, &room_id, &kind], |row| row.string(0))
 }
 

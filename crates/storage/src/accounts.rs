@@ -152,8 +152,11 @@ pub fn put_token(
     expires_ms: Option<i64>,
     supersedes: Option<&str>,
 ) -> Result<()> {
-    c.execute(PUT_TOKEN, &[&token, user, &device, &expires_ms, &supersedes])
-        .map(drop)
+    c.execute(
+        PUT_TOKEN,
+        &[&token, user, &device, &expires_ms, &supersedes],
+    )
+    .map(drop)
 }
 
 pub fn drop_tokens_of_device(c: &mut dyn Conn, user: &UserId, device: &str) -> Result<()> {
@@ -293,6 +296,9 @@ pub fn put_registration_token(
     uses_allowed: Option<i64>,
     expires_ms: Option<i64>,
 ) -> Result<()> {
-    c.execute(PUT_REGISTRATION_TOKEN, &[&token, &uses_allowed, &expires_ms])
-        .map(drop)
+    c.execute(
+        PUT_REGISTRATION_TOKEN,
+        &[&token, &uses_allowed, &expires_ms],
+    )
+    .map(drop)
 }

@@ -33,8 +33,7 @@ pub struct Scope {
 }
 
 const LAST_VERSION: &str = "SELECT MAX(version) FROM backup_versions WHERE user_id = $1";
-const CREATE: &str =
-    "INSERT INTO backup_versions (user_id, version, algorithm, auth_data, etag)
+const CREATE: &str = "INSERT INTO backup_versions (user_id, version, algorithm, auth_data, etag)
     VALUES ($1, $2, $3, $4, 0)";
 const CURRENT: &str = "SELECT version, algorithm, auth_data, etag FROM backup_versions
     WHERE user_id = $1 AND deleted = 0 ORDER BY version DESC LIMIT 1";
@@ -61,12 +60,7 @@ const PUT_KEY: &str = "INSERT INTO backup_keys (user_id, version, room_id, sessi
 const REMOVE_KEYS: &str = "DELETE FROM backup_keys WHERE user_id = $1 AND version = $2
     AND (CAST($3 AS TEXT) IS NULL OR room_id = $3) AND (CAST($4 AS TEXT) IS NULL OR session_id = $4)";
 
-pub fn create(
-    c: &mut dyn Conn,
-    user: &UserId,
-    algorithm: &str,
-    auth_data: &str,
-) -> Result<i64> {
+pub fn create(c: &mut dyn Conn, user: &UserId, algorithm: &str, auth_data: &str) -> Result<i64> {
     let version = c.query_int(LAST_VERSION, &[user])?.unwrap_or(0) + 1;
     c.execute(CREATE, &[user, &version, &algorithm, &auth_data])?;
     Ok(version)
@@ -89,12 +83,7 @@ fn read_version(row: &dyn Row) -> Result<Version> {
     })
 }
 
-pub fn set_auth_data(
-    c: &mut dyn Conn,
-    user: &UserId,
-    version: i64,
-    auth_data: &str,
-) -> Result<()> {
+pub fn set_auth_data(c: &mut dyn Conn, user: &UserId, version: i64, auth_data: &str) -> Result<()> {
     c.execute(SET_AUTH_DATA, &[&auth_data, user, &version])
         .map(drop)
 }

@@ -131,9 +131,11 @@ pub fn changed_among(
     to: i64,
     users: &[UserId],
 ) -> Result<Vec<UserId>> {
-    c.query_all(CHANGED_AMONG, &[&from, &to, &texts(&users.to_vec())], |row| {
-        row.id(0)
-    })
+    c.query_all(
+        CHANGED_AMONG,
+        &[&from, &to, &texts(&users.to_vec())],
+        |row| row.id(0),
+    )
 }
 
 /// A user's changed devices since a position, each with its latest change, oldest first.
@@ -157,12 +159,7 @@ pub fn sent(c: &mut dyn Conn, server: &ServerName, user: &UserId) -> Result<Opti
     c.query_int(SENT, &[server, user])
 }
 
-pub fn set_sent(
-    c: &mut dyn Conn,
-    server: &ServerName,
-    user: &UserId,
-    position: i64,
-) -> Result<()> {
+pub fn set_sent(c: &mut dyn Conn, server: &ServerName, user: &UserId, position: i64) -> Result<()> {
     c.execute(SET_SENT, &[server, user, &position]).map(drop)
 }
 

@@ -106,11 +106,7 @@ pub fn put_fallback_key(
     .map(drop)
 }
 
-pub fn unused_fallback_types(
-    c: &mut dyn Conn,
-    user: &UserId,
-    device: &str,
-) -> Result<Vec<String>> {
+pub fn unused_fallback_types(c: &mut dyn Conn, user: &UserId, device: &str) -> Result<Vec<String>> {
     c.query_all(UNUSED_FALLBACKS, &[user, &device], |row| row.string(0))
 }
 
@@ -164,11 +160,7 @@ const PUT_CROSS: &str = "INSERT INTO cross_signing_keys (user_id, usage, key_jso
     VALUES ($1, $2, $3) ON CONFLICT (user_id, usage) DO UPDATE SET key_json = excluded.key_json";
 const DROP_CROSS: &str = "DELETE FROM cross_signing_keys WHERE user_id = $1";
 
-pub fn cross_signing_key(
-    c: &mut dyn Conn,
-    user: &UserId,
-    usage: Usage,
-) -> Result<Option<String>> {
+pub fn cross_signing_key(c: &mut dyn Conn, user: &UserId, usage: Usage) -> Result<Option<String>> {
     c.query_opt(GET_CROSS, &[user, &usage.as_str()], |row| row.string(0))
 }
 
@@ -243,8 +235,7 @@ pub struct RemoteDevice {
     pub keys: Option<String>,
 }
 
-const REMOTE_LIST: &str =
-    "SELECT stream_id, stale FROM remote_device_lists WHERE user_id = $1";
+const REMOTE_LIST: &str = "SELECT stream_id, stale FROM remote_device_lists WHERE user_id = $1";
 const PUT_REMOTE_LIST: &str = "INSERT INTO remote_device_lists (user_id, stream_id, stale)
     VALUES ($1, $2, $3) ON CONFLICT (user_id)
     DO UPDATE SET stream_id = excluded.stream_id, stale = excluded.stale";
@@ -256,8 +247,7 @@ const PUT_REMOTE_DEVICE: &str =
     "INSERT INTO remote_devices (user_id, device_id, display_name, keys)
     VALUES ($1, $2, $3, $4) ON CONFLICT (user_id, device_id)
     DO UPDATE SET display_name = excluded.display_name, keys = excluded.keys";
-const DROP_REMOTE_DEVICE: &str =
-    "DELETE FROM remote_devices WHERE user_id = $1 AND device_id = $2";
+const DROP_REMOTE_DEVICE: &str = "DELETE FROM remote_devices WHERE user_id = $1 AND device_id = $2";
 const DROP_REMOTE_DEVICES: &str = "DELETE FROM remote_devices WHERE user_id = $1";
 
 pub fn remote_list(c: &mut dyn Conn, user: &UserId) -> Result<Option<RemoteList>> {

@@ -5,12 +5,22 @@
 //! engine's threads (docs/decisions/0001-sync-sql.md). This crate decides nothing about rooms and knows
 //! neither HTTP nor other servers; only `sqlite.rs` and `postgres.rs` name a database engine.
 
+pub mod account_data;
+pub mod accounts;
+pub mod backup;
+pub mod devices;
 pub mod driver;
+pub mod e2ee;
+pub mod media;
 mod migrations;
 mod postgres;
+pub mod presence;
+pub mod profiles;
+pub mod push;
 mod sequence;
 mod sqlite;
 pub mod streams;
+pub mod to_device;
 
 use std::sync::Arc;
 

@@ -20,8 +20,7 @@ pub struct Pusher {
 const PUT: &str = "INSERT INTO pushers (user_id, app_id, pushkey, device_id, pusher, position)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (user_id, app_id, pushkey)
     DO UPDATE SET device_id = excluded.device_id, pusher = excluded.pusher";
-const REMOVE: &str =
-    "DELETE FROM pushers WHERE user_id = $1 AND app_id = $2 AND pushkey = $3";
+const REMOVE: &str = "DELETE FROM pushers WHERE user_id = $1 AND app_id = $2 AND pushkey = $3";
 const REMOVE_OF_OTHERS: &str =
     "DELETE FROM pushers WHERE app_id = $1 AND pushkey = $2 AND user_id <> $3";
 const REMOVE_OF_OTHER_DEVICES: &str = "DELETE FROM pushers WHERE user_id = $1 AND device_id <> $2";
@@ -120,8 +119,7 @@ const PUT_ACTION: &str =
 const DROP_UP_TO: &str = "DELETE FROM push_actions
     WHERE user_id = $1 AND room_id = $2 AND position <= $3";
 const DROP_EVENT: &str = "DELETE FROM push_actions WHERE room_id = $1 AND event_id = $2";
-const COUNTS: &str =
-    "SELECT thread_id, position, highlight FROM push_actions
+const COUNTS: &str = "SELECT thread_id, position, highlight FROM push_actions
     WHERE user_id = $1 AND room_id = $2 AND position > $3 AND position <= $4 ORDER BY position";
 const FOR_PUSHER: &str =
     "SELECT user_id, room_id, position, event_id, thread_id, highlight, actions FROM push_actions
@@ -199,7 +197,11 @@ pub fn before(
     only_highlights: bool,
     limit: i64,
 ) -> Result<Vec<Action>> {
-    c.query_all(LIST, &[user, &position, &only_highlights, &limit], read_action)
+    c.query_all(
+        LIST,
+        &[user, &position, &only_highlights, &limit],
+        read_action,
+    )
 }
 
 fn read_action(row: &dyn Row) -> Result<Action> {

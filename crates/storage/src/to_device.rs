@@ -53,12 +53,7 @@ pub fn acknowledge(c: &mut dyn Conn, user: &UserId, device: &str, up_to: i64) ->
 }
 
 /// Marks a request as carried out; `false` when it was before.
-pub fn first_time(
-    c: &mut dyn Conn,
-    origin: &str,
-    message_id: &str,
-    now_ms: i64,
-) -> Result<bool> {
+pub fn first_time(c: &mut dyn Conn, origin: &str, message_id: &str, now_ms: i64) -> Result<bool> {
     c.execute(FORGET_DONE, &[&(now_ms - REMEMBERED_MS)])?;
     Ok(c.execute(DONE, &[&origin, &message_id, &now_ms])? == 1)
 }
