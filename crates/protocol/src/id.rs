@@ -24,8 +24,17 @@ macro_rules! id {
 
         impl $name {
             pub fn parse(text: &str) -> Result<Self, IdError> {
+                if text.len() > ID_BYTES_MAX {
+                    return Err(IdError { kind: $kind });
+                }
+                Self::parse_oversized(text)
+            }
+
+            /// As `parse`, with the limit counted in code points: for fields of events that are stored as
+            /// rejected (V-20).
+            pub(crate) fn parse_oversized(text: &str) -> Result<Self, IdError> {
                 let check: fn(&str) -> bool = $check;
-                if text.len() <= ID_BYTES_MAX && check(text) {
+                if text.chars().count() <= ID_BYTES_MAX && check(text) {
                     Ok(Self(text.into()))
                 } else {
                     Err(IdError { kind: $kind })

@@ -3,9 +3,15 @@
 //! This crate knows no socket, file, thread, clock or source of chance, and no async. Whoever calls
 //! it hands in the bytes, the keys and the events; it answers with values.
 
+pub mod build;
+pub mod canonical_json;
 pub mod event_set;
+pub mod format;
+pub mod hash;
 pub mod id;
 pub mod nid;
 pub mod pdu;
+pub mod redaction;
 pub mod room_version;
+pub mod signature;
 pub mod state;

@@ -1,9 +1,25 @@
 //! A PDU: its canonical bytes plus the fields that the rules read, parsed once.
+//!
+//! Checks 1 and 3 of <https://spec.matrix.org/v1.18/server-server-api/#checks-performed-on-receipt-of-a-pdu>.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
+use base64::Engine as _;
+use serde_json::Value;
+
+use crate::canonical_json::{self, JsonError, Object};
+use crate::format;
+use crate::hash;
 use crate::id::{EventId, RoomId, ServerName, UserId};
+use crate::redaction::write_redacted;
 use crate::room_version::RoomVersion;
+
+/// Canonical JSON with signatures, without `unsigned` (V-20).
+pub const EVENT_BYTES_MAX: usize = 65_536;
+
+/// Signatures beyond this many are not looked at: no event needs more than a handful.
+const SIGNATURES_MAX: usize = 64;
 
 /// A PDU whose format, size and content hash have been checked. Signatures are another step.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +44,243 @@ pub struct Pdu {
     pub json: Arc<str>,
     /// Whether the content hash was wrong, so that this is the redacted form.
     pub redacted: bool,
+    /// A field has more than 255 bytes, though not more than 255 code points: to be stored as rejected
+    /// (V-20). Never in versions 11 and later.
+    pub oversized_field: bool,
     /// `signatures` as they stood: server, key id, unpadded base64.
     pub signatures: Vec<(ServerName, String, String)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PduError {
+    #[error(transparent)]
+    Json(#[from] JsonError),
+    #[error("`{0}` is missing or not what an event of this room version has there")]
+    Format(&'static str),
+    #[error("`{0}` is too long")]
+    FieldTooLong(&'static str),
+    #[error("more than {EVENT_BYTES_MAX} bytes")]
+    TooLarge,
+    #[error("too many {0}")]
+    TooMany(&'static str),
+}
+
+impl Pdu {
+    /// Checks format, limits and content hash (checks 1 and 3). An event with a wrong content hash comes
+    /// back in its redacted form. How many events it refers to is `format::check_limits`'s matter.
+    pub fn parse(raw: &str, version: RoomVersion) -> Result<Self, PduError> {
+        Self::parse_with_signed(raw, version).map(|(pdu, _)| pdu)
+    }
+
+    /// As [`Pdu::parse`], with the bytes that the signatures are of, which it had to make anyway.
+    pub fn parse_with_signed(raw: &str, version: RoomVersion) -> Result<(Self, String), PduError> {
+        let rules = version.rules();
+        let mut event = Object::parse(raw.as_bytes(), rules.strict_json)?;
+        if event.get("unsigned").is_some() {
+            event = index(hash::without(&event, &["unsigned"]));
+        }
+        if event.text.len() > EVENT_BYTES_MAX {
+            return Err(PduError::TooLarge);
+        }
+        let kind = format::string(&event, "type")?.into_owned();
+        format::object(&event, "content")?;
+        let signed = write_redacted(&event, &kind, rules, false);
+        let event_id = match hash::id_of(hash::of_signed(&signed), version) {
+            Some(event_id) => event_id,
+            None => format::event_id(&event)?,
+        };
+        let redacted = !content_hash_is_right(&event);
+        if redacted {
+            event = index(write_redacted(&event, &kind, rules, true));
+        }
+        let pdu = extract(event, version, event_id, kind, redacted)?;
+        Ok((pdu, signed))
+    }
+
+    /// Reads back what [`Pdu::parse`] made: canonical already, so that nothing need be sorted, hashed or
+    /// compared. The row says whether it is the redacted form.
+    pub fn parse_trusted(
+        json: &str,
+        version: RoomVersion,
+        event_id: EventId,
+        redacted: bool,
+    ) -> Result<Self, PduError> {
+        let event = index(json.to_owned());
+        let kind = format::string(&event, "type")?.into_owned();
+        extract(event, version, event_id, kind, redacted)
+    }
+
+    pub fn is_state(&self) -> bool {
+        self.state_key.is_some()
+    }
+
+    /// Whether this is the state event of that type and key.
+    pub fn is(&self, kind: &str, state_key: &str) -> bool {
+        &*self.kind == kind && self.state_key.as_deref() == Some(state_key)
+    }
+
+    /// `content.membership` of an `m.room.member` event.
+    pub fn membership(&self) -> Option<&str> {
+        if &*self.kind != "m.room.member" {
+            return None;
+        }
+        match canonical_json::string(self.content_raw("membership")?)? {
+            Cow::Borrowed(membership) => Some(membership),
+            // No membership there is needs an escape.
+            Cow::Owned(_) => None,
+        }
+    }
+
+    /// The canonical text of one value in `content`. For keys that need no escape.
+    pub fn content_raw(&self, key: &str) -> Option<&str> {
+        canonical_json::get(&self.content, key)
+    }
+
+    /// A string in `content`.
+    pub fn content_get_str(&self, key: &str) -> Option<Cow<'_, str>> {
+        canonical_json::string(self.content_raw(key)?)
+    }
+
+    /// One value in `content`.
+    pub fn content_get(&self, key: &str) -> Option<Value> {
+        serde_json::from_str(self.content_raw(key)?).ok()
+    }
+
+    /// The whole `content`, for those who look at more than a key or two.
+    pub fn content_value(&self) -> Value {
+        serde_json::from_str(&self.content)
+            .unwrap_or_else(|_| Value::Object(serde_json::Map::new()))
+    }
+
+    /// The canonical text of one value at the top level. For keys that need no escape.
+    pub fn raw(&self, key: &str) -> Option<&str> {
+        canonical_json::get(&self.json, key)
+    }
+
+    /// What is signed: the redacted event without `signatures`, canonical.
+    pub fn signing_bytes(&self) -> String {
+        let event = index(self.json.as_ref().to_owned());
+        write_redacted(&event, &self.kind, self.version.rules(), false)
+    }
+
+    /// The hash that others put beside the id when they refer to this event (versions 1 and 2).
+    pub fn reference_hash(&self) -> [u8; 32] {
+        hash::of_signed(&self.signing_bytes())
+    }
+
+    /// The server that sent it.
+    pub fn origin(&self) -> ServerName {
+        self.sender.server_name()
+    }
+}
+
+/// An object that is canonical already.
+fn index(text: String) -> Object {
+    let members = canonical_json::members(&text).collect();
+    Object { text, members }
+}
+
+fn content_hash_is_right(event: &Object) -> bool {
+    let Some(stated) = event
+        .get("hashes")
+        .and_then(|hashes| canonical_json::get(hashes, "sha256"))
+        .and_then(canonical_json::string)
+    else {
+        return false;
+    };
+    let made = hash::of_content(event);
+    hash::BASE64
+        .decode(stated.as_bytes())
+        .is_ok_and(|stated| stated == made)
+}
+
+fn extract(
+    event: Object,
+    version: RoomVersion,
+    event_id: EventId,
+    kind: String,
+    redacted: bool,
+) -> Result<Pdu, PduError> {
+    let rules = version.rules();
+    let content = format::object(&event, "content")?;
+    let state_key = format::optional_string(&event, "state_key")?;
+    let sender = format::sender(&event)?;
+    let room_id = format::room_id(&event, rules, &kind, state_key.as_deref(), &event_id)?;
+    let oversized_field = format::has_oversized_field(
+        &[
+            ("type", &kind),
+            ("state_key", state_key.as_deref().unwrap_or("")),
+            ("sender", sender.as_str()),
+            ("room_id", room_id.as_str()),
+            ("event_id", event_id.as_str()),
+        ],
+        rules,
+    )?;
+    format::optional_object(&event, "hashes")?;
+    if rules.event_id != crate::room_version::EventIdFormat::Opaque
+        && event.get("event_id").is_some()
+    {
+        return Err(PduError::Format("event_id"));
+    }
+    let redacts = if kind == "m.room.redaction" {
+        let target = if rules.redacts_in_content {
+            canonical_json::get(content, "redacts")
+        } else {
+            event.get("redacts")
+        };
+        target
+            .and_then(canonical_json::string)
+            .and_then(|id| EventId::parse_oversized(&id).ok())
+    } else {
+        None
+    };
+    Ok(Pdu {
+        version,
+        room_id,
+        sender,
+        state_key: state_key.map(Arc::from),
+        content: content.into(),
+        origin_server_ts: format::integer(&event, "origin_server_ts")?,
+        depth: format::depth(&event, rules)?,
+        prev_events: format::references(&event, "prev_events", rules)?,
+        auth_events: format::references(&event, "auth_events", rules)?,
+        redacts,
+        redacted,
+        oversized_field,
+        signatures: signatures(&event)?,
+        event_id,
+        kind: kind.into(),
+        json: event.text.into(),
+    })
+}
+
+/// Entries that are no signature of anybody are left out: they prove nothing.
+fn signatures(event: &Object) -> Result<Vec<(ServerName, String, String)>, PduError> {
+    let Some(by_server) = format::optional_object(event, "signatures")? else {
+        return Ok(Vec::new());
+    };
+    let mut all = Vec::new();
+    for server in canonical_json::members(by_server) {
+        let (name, by_key) = (server.key(by_server), server.value(by_server));
+        let Ok(name) = ServerName::parse(name) else {
+            continue;
+        };
+        if !by_key.starts_with('{') {
+            continue;
+        }
+        for entry in canonical_json::members(by_key) {
+            let Some(signature) = canonical_json::string(entry.value(by_key)) else {
+                continue;
+            };
+            if all.len() == SIGNATURES_MAX {
+                return Ok(all);
+            }
+            all.push((
+                name.clone(),
+                entry.key(by_key).to_owned(),
+                signature.into_owned(),
+            ));
+        }
+    }
+    Ok(all)
 }

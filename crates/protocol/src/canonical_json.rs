@@ -1,0 +1,689 @@
+//! Canonical JSON: one pass over the raw bytes.
+//!
+//! <https://spec.matrix.org/v1.18/appendices/#canonical-json>
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+
+use serde_json::Value;
+
+/// Integers stay within ±(2^53 − 1).
+pub const INTEGER_MAX: i64 = (1 << 53) - 1;
+
+/// Deeper values are refused. serde_json reads 127 levels; the rest is room for envelopes around events.
+pub const DEPTH_MAX: usize = 120;
+
+/// Of an integer in the lenient form, so that it can still be read as a double.
+const LENIENT_DIGITS_MAX: usize = 300;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JsonError {
+    #[error("not JSON (at byte {0})")]
+    Syntax(usize),
+    #[error("not UTF-8")]
+    Utf8,
+    #[error("half of a surrogate pair (at byte {0})")]
+    Surrogate(usize),
+    #[error("a number that is not an integer between -(2^53 - 1) and 2^53 - 1 (at byte {0})")]
+    Number(usize),
+    #[error("a key stands twice in an object (before byte {0})")]
+    DuplicateKey(usize),
+    #[error("more than {DEPTH_MAX} levels deep")]
+    Depth,
+    #[error("not an object")]
+    NotAnObject,
+}
+
+/// Rewrites one JSON value in its canonical form.
+///
+/// Strict is what room versions 6 and later demand. Lenient is for the versions before: floats are
+/// written as Python's `repr` does, which is what the hashes of such events were made from; integers of
+/// any size stay as they are; the last of equal keys wins.
+pub fn canonicalise(raw: &[u8], strict: bool) -> Result<Vec<u8>, JsonError> {
+    let mut pass = Pass::new(raw, strict)?;
+    pass.space();
+    pass.value(1)?;
+    pass.end()?;
+    Ok(pass.out)
+}
+
+/// The canonical form of a value made here. Strict.
+pub fn to_canonical(value: &Value) -> Result<String, JsonError> {
+    // Serialising a Value can not fail: its keys are strings.
+    let raw = serde_json::to_vec(value).map_err(|_| JsonError::NotAnObject)?;
+    let bytes = canonicalise(&raw, true)?;
+    String::from_utf8(bytes).map_err(|_| JsonError::Utf8)
+}
+
+/// As [`to_canonical`], in the lenient form for room versions 1 to 5.
+pub fn to_canonical_lenient(value: &Value) -> Result<String, JsonError> {
+    let raw = serde_json::to_vec(value).map_err(|_| JsonError::NotAnObject)?;
+    let bytes = canonicalise(&raw, false)?;
+    String::from_utf8(bytes).map_err(|_| JsonError::Utf8)
+}
+
+/// A canonical object and where its members stand, sorted by key.
+pub(crate) struct Object {
+    pub text: String,
+    pub members: Vec<Member>,
+}
+
+/// Offsets of one member `"key":value` in the text of its object.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Member {
+    start: usize,
+    /// Where the value begins; the closing quote of the key is two bytes before.
+    value: usize,
+    end: usize,
+}
+
+impl Member {
+    /// The key as it stands between its quotes, escapes and all.
+    pub fn key(self, text: &str) -> &str {
+        &text[self.start + 1..self.value - 2]
+    }
+
+    pub fn value(self, text: &str) -> &str {
+        &text[self.value..self.end]
+    }
+
+    /// `"key":value`
+    pub fn whole(self, text: &str) -> &str {
+        &text[self.start..self.end]
+    }
+}
+
+impl Object {
+    pub fn parse(raw: &[u8], strict: bool) -> Result<Self, JsonError> {
+        let mut pass = Pass::new(raw, strict)?;
+        pass.space();
+        if pass.peek() != Some(b'{') {
+            return match pass.value(1).and_then(|()| pass.end()) {
+                Ok(()) => Err(JsonError::NotAnObject),
+                Err(error) => Err(error),
+            };
+        }
+        pass.at += 1;
+        pass.object(1)?;
+        let members = std::mem::take(&mut pass.members);
+        pass.end()?;
+        Ok(Self {
+            // The input was UTF-8, and whole characters were copied or written.
+            text: String::from_utf8(pass.out).map_err(|_| JsonError::Utf8)?,
+            members,
+        })
+    }
+
+    /// The value of a key that needs no escape.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.members
+            .iter()
+            .find(|member| member.key(&self.text) == key)
+            .map(|member| member.value(&self.text))
+    }
+}
+
+/// The members of a canonical object, in order. Nothing is checked: the text comes from a pass above.
+pub(crate) fn members(text: &str) -> impl Iterator<Item = Member> {
+    let bytes = text.as_bytes();
+    // At the `{` or at a comma.
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at + 1;
+        if bytes.get(start) != Some(&b'"') {
+            return None;
+        }
+        let value = end_of_string(bytes, start)? + 1;
+        at = end_of_value(bytes, value)?;
+        Some(Member {
+            start,
+            value,
+            end: at,
+        })
+    })
+}
+
+/// The value of a key that needs no escape, in a canonical object.
+pub(crate) fn get<'t>(text: &'t str, key: &str) -> Option<&'t str> {
+    members(text)
+        .find(|member| member.key(text) == key)
+        .map(|member| member.value(text))
+}
+
+/// The elements of a canonical array; `None` for any other value.
+pub(crate) fn elements(text: &str) -> Option<impl Iterator<Item = &str>> {
+    let bytes = text.as_bytes();
+    if bytes.first() != Some(&b'[') {
+        return None;
+    }
+    // At the `[` or at a comma; the last element is followed by the `]`.
+    let mut at = 0;
+    Some(std::iter::from_fn(move || {
+        let start = at + 1;
+        if matches!(bytes.get(start), None | Some(b']')) {
+            return None;
+        }
+        at = end_of_value(bytes, start)?;
+        Some(&text[start..at])
+    }))
+}
+
+/// The position after the string that begins at `at`.
+fn end_of_string(bytes: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        at += 1;
+        at += memchr::memchr2(b'"', b'\\', bytes.get(at..)?)?;
+        if bytes[at] == b'"' {
+            return Some(at + 1);
+        }
+        at += 1;
+    }
+}
+
+/// The position after the value that begins at `at`.
+fn end_of_value(bytes: &[u8], mut at: usize) -> Option<usize> {
+    let mut open = 0_usize;
+    loop {
+        match bytes.get(at)? {
+            b'"' => at = end_of_string(bytes, at)?,
+            b'{' | b'[' => {
+                open += 1;
+                at += 1;
+            }
+            b'}' | b']' => {
+                open = open.checked_sub(1)?;
+                at += 1;
+            }
+            _ if open > 0 => {
+                at += 1;
+                continue;
+            }
+            _ => {
+                while !matches!(bytes.get(at)?, b',' | b'}' | b']') {
+                    at += 1;
+                }
+            }
+        }
+        if open == 0 {
+            return Some(at);
+        }
+    }
+}
+
+/// The characters of a canonical string with its quotes; `None` for any other value.
+pub(crate) fn string(value: &str) -> Option<Cow<'_, str>> {
+    let inner = value.strip_prefix('"')?.strip_suffix('"')?;
+    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+        return Some(Cow::Borrowed(inner));
+    }
+    serde_json::from_str::<String>(value).ok().map(Cow::Owned)
+}
+
+enum Escape {
+    Short(u8),
+    Hex([u8; 2]),
+}
+
+fn escape_of(byte: u8) -> Option<Escape> {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    Some(match byte {
+        b'"' | b'\\' => Escape::Short(byte),
+        0x08 => Escape::Short(b'b'),
+        b'\t' => Escape::Short(b't'),
+        b'\n' => Escape::Short(b'n'),
+        0x0c => Escape::Short(b'f'),
+        b'\r' => Escape::Short(b'r'),
+        0..0x20 => Escape::Hex([HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]),
+        _ => return None,
+    })
+}
+
+struct Pass<'a> {
+    raw: &'a [u8],
+    at: usize,
+    strict: bool,
+    out: Vec<u8>,
+    /// The members of the objects that are open, innermost last.
+    members: Vec<Member>,
+    spare: Vec<u8>,
+}
+
+impl<'a> Pass<'a> {
+    fn new(raw: &'a [u8], strict: bool) -> Result<Self, JsonError> {
+        std::str::from_utf8(raw).map_err(|_| JsonError::Utf8)?;
+        Ok(Self {
+            raw,
+            at: 0,
+            strict,
+            out: Vec::with_capacity(raw.len()),
+            members: Vec::with_capacity(32),
+            spare: Vec::new(),
+        })
+    }
+
+    fn peek(&self) -> Option<u8> {
+        self.raw.get(self.at).copied()
+    }
+
+    fn space(&mut self) {
+        while let Some(b' ' | b'\n' | b'\t' | b'\r') = self.peek() {
+            self.at += 1;
+        }
+    }
+
+    fn syntax<T>(&self) -> Result<T, JsonError> {
+        Err(JsonError::Syntax(self.at))
+    }
+
+    fn end(&mut self) -> Result<(), JsonError> {
+        self.space();
+        if self.at == self.raw.len() {
+            return Ok(());
+        }
+        self.syntax()
+    }
+
+    /// Stands at the first byte of a value, leaves after its last.
+    fn value(&mut self, depth: usize) -> Result<(), JsonError> {
+        match self.peek() {
+            Some(b'"') => {
+                self.at += 1;
+                self.string()
+            }
+            Some(b'{') => {
+                let base = self.members.len();
+                self.at += 1;
+                self.object(depth)?;
+                self.members.truncate(base);
+                Ok(())
+            }
+            Some(b'[') => {
+                self.at += 1;
+                self.array(depth)
+            }
+            Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b't') => self.word(b"true"),
+            Some(b'f') => self.word(b"false"),
+            Some(b'n') => self.word(b"null"),
+            _ => self.syntax(),
+        }
+    }
+
+    fn word(&mut self, word: &[u8]) -> Result<(), JsonError> {
+        if !self.raw[self.at..].starts_with(word) {
+            return self.syntax();
+        }
+        self.at += word.len();
+        self.out.extend_from_slice(word);
+        Ok(())
+    }
+
+    /// After the `[`.
+    fn array(&mut self, depth: usize) -> Result<(), JsonError> {
+        if depth > DEPTH_MAX {
+            return Err(JsonError::Depth);
+        }
+        self.out.push(b'[');
+        self.space();
+        if self.peek() == Some(b']') {
+            self.at += 1;
+            self.out.push(b']');
+            return Ok(());
+        }
+        loop {
+            self.space();
+            self.value(depth + 1)?;
+            self.space();
+            match self.peek() {
+                Some(b',') => self.out.push(b','),
+                Some(b']') => {
+                    self.at += 1;
+                    self.out.push(b']');
+                    return Ok(());
+                }
+                _ => return self.syntax(),
+            }
+            self.at += 1;
+        }
+    }
+
+    /// After the `{`. Leaves the object's members at the end of `self.members`.
+    fn object(&mut self, depth: usize) -> Result<(), JsonError> {
+        if depth > DEPTH_MAX {
+            return Err(JsonError::Depth);
+        }
+        let base = self.members.len();
+        self.out.push(b'{');
+        self.space();
+        if self.peek() == Some(b'}') {
+            self.at += 1;
+            self.out.push(b'}');
+            return Ok(());
+        }
+        let mut sorted = true;
+        loop {
+            self.space();
+            if self.peek() != Some(b'"') {
+                return self.syntax();
+            }
+            self.at += 1;
+            let start = self.out.len();
+            self.string()?;
+            self.space();
+            if self.peek() != Some(b':') {
+                return self.syntax();
+            }
+            self.at += 1;
+            self.out.push(b':');
+            let member = Member {
+                start,
+                value: self.out.len(),
+                end: 0,
+            };
+            if sorted && self.members.len() > base {
+                let last = self.members[self.members.len() - 1];
+                sorted = compare_keys(&self.out, last, member) == Ordering::Less;
+            }
+            self.space();
+            self.value(depth + 1)?;
+            self.members.push(Member {
+                end: self.out.len(),
+                ..member
+            });
+            self.space();
+            match self.peek() {
+                Some(b',') => self.out.push(b','),
+                Some(b'}') => break,
+                _ => return self.syntax(),
+            }
+            self.at += 1;
+        }
+        self.at += 1;
+        if !sorted {
+            self.sort(base)?;
+        }
+        self.out.push(b'}');
+        Ok(())
+    }
+
+    /// Brings the members from `base` on in order, and their text in `out`.
+    fn sort(&mut self, base: usize) -> Result<(), JsonError> {
+        let out = &mut self.out;
+        let members = &mut self.members;
+        let begin = members[base].start;
+        // Stable, so that of equal keys the last is the last.
+        members[base..].sort_by(|a, b| compare_keys(out, *a, *b));
+        let mut kept = base;
+        for next in base + 1..members.len() {
+            if compare_keys(out, members[kept], members[next]) == Ordering::Equal {
+                if self.strict {
+                    return Err(JsonError::DuplicateKey(self.at));
+                }
+            } else {
+                kept += 1;
+            }
+            members[kept] = members[next];
+        }
+        members.truncate(kept + 1);
+        self.spare.clear();
+        for member in &mut members[base..] {
+            let start = begin + self.spare.len();
+            self.spare.extend_from_slice(&out[member.start..member.end]);
+            self.spare.push(b',');
+            *member = Member {
+                start,
+                value: start + (member.value - member.start),
+                end: start + (member.end - member.start),
+            };
+        }
+        self.spare.pop();
+        out.truncate(begin);
+        out.extend_from_slice(&self.spare);
+        Ok(())
+    }
+
+    /// After the opening quote; leaves after the closing one.
+    fn string(&mut self) -> Result<(), JsonError> {
+        self.out.push(b'"');
+        loop {
+            let from = self.at;
+            while let Some(&byte) = self.raw.get(self.at) {
+                if PLAIN[usize::from(byte)] {
+                    self.at += 1;
+                } else {
+                    break;
+                }
+            }
+            self.out.extend_from_slice(&self.raw[from..self.at]);
+            match self.peek() {
+                Some(b'"') => {
+                    self.at += 1;
+                    self.out.push(b'"');
+                    return Ok(());
+                }
+                Some(b'\\') => {
+                    self.at += 1;
+                    self.escape()?;
+                }
+                _ => return self.syntax(),
+            }
+        }
+    }
+
+    /// After a backslash.
+    fn escape(&mut self) -> Result<(), JsonError> {
+        let letter = self.peek();
+        self.at += 1;
+        let character = match letter {
+            Some(b'"') => '"',
+            Some(b'\\') => '\\',
+            Some(b'/') => '/',
+            Some(b'b') => '\u{8}',
+            Some(b'f') => '\u{c}',
+            Some(b'n') => '\n',
+            Some(b'r') => '\r',
+            Some(b't') => '\t',
+            Some(b'u') => self.unicode_escape()?,
+            _ => {
+                self.at -= 1;
+                return self.syntax();
+            }
+        };
+        let escape = u8::try_from(u32::from(character)).ok().and_then(escape_of);
+        match escape {
+            Some(Escape::Short(letter)) => self.out.extend_from_slice(&[b'\\', letter]),
+            Some(Escape::Hex(digits)) => {
+                self.out.extend_from_slice(b"\\u00");
+                self.out.extend_from_slice(&digits);
+            }
+            None => {
+                let mut buffer = [0; 4];
+                self.out
+                    .extend_from_slice(character.encode_utf8(&mut buffer).as_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// After `\u`.
+    fn unicode_escape(&mut self) -> Result<char, JsonError> {
+        let start = self.at;
+        let first = self.four_digits()?;
+        if let Some(character) = char::from_u32(first) {
+            return Ok(character);
+        }
+        // Half a pair: only a high half directly before a low half stands for something.
+        if first >= 0xdc00 || !self.raw[self.at..].starts_with(b"\\u") {
+            return Err(JsonError::Surrogate(start));
+        }
+        self.at += 2;
+        let second = self.four_digits()?;
+        if !(0xdc00..0xe000).contains(&second) {
+            return Err(JsonError::Surrogate(start));
+        }
+        char::from_u32(0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00))
+            .ok_or(JsonError::Surrogate(start))
+    }
+
+    fn four_digits(&mut self) -> Result<u32, JsonError> {
+        let Some(digits) = self.raw.get(self.at..self.at + 4) else {
+            return self.syntax();
+        };
+        let mut value = 0;
+        for &digit in digits {
+            let Some(digit) = (digit as char).to_digit(16) else {
+                return self.syntax();
+            };
+            value = value * 16 + digit;
+        }
+        self.at += 4;
+        Ok(value)
+    }
+
+    fn digits(&mut self) -> usize {
+        let from = self.at;
+        while let Some(b'0'..=b'9') = self.peek() {
+            self.at += 1;
+        }
+        self.at - from
+    }
+
+    fn number(&mut self) -> Result<(), JsonError> {
+        let start = self.at;
+        let negative = self.peek() == Some(b'-');
+        if negative {
+            self.at += 1;
+        }
+        let first = self.at;
+        let count = self.digits();
+        if count == 0 || (count > 1 && self.raw[first] == b'0') {
+            return self.syntax();
+        }
+        let whole = self.at;
+        let mut fraction = false;
+        if self.peek() == Some(b'.') {
+            fraction = true;
+            self.at += 1;
+            if self.digits() == 0 {
+                return self.syntax();
+            }
+        }
+        let mut exponent = false;
+        if let Some(b'e' | b'E') = self.peek() {
+            exponent = true;
+            self.at += 1;
+            if let Some(b'+' | b'-') = self.peek() {
+                self.at += 1;
+            }
+            if self.digits() == 0 {
+                return self.syntax();
+            }
+        }
+        if fraction || exponent {
+            return self.float(start, fraction);
+        }
+        let zero = self.raw[first] == b'0';
+        if self.strict {
+            // 2^53 - 1 has 16 digits; more than 17 are not looked at.
+            let magnitude = self.raw[first..whole]
+                .iter()
+                .take(17)
+                .fold(0_u64, |sum, digit| sum * 10 + u64::from(digit - b'0'));
+            if count > 16 || magnitude > INTEGER_MAX.unsigned_abs() || (negative && zero) {
+                return Err(JsonError::Number(start));
+            }
+        }
+        if count > LENIENT_DIGITS_MAX {
+            return Err(JsonError::Number(start));
+        }
+        let from = if zero { first } else { start };
+        self.out.extend_from_slice(&self.raw[from..whole]);
+        Ok(())
+    }
+
+    fn float(&mut self, start: usize, fraction: bool) -> Result<(), JsonError> {
+        let text = std::str::from_utf8(&self.raw[start..self.at]).map_err(|_| JsonError::Utf8)?;
+        let number = match text.parse::<f64>() {
+            Ok(number) if number.is_finite() && !self.strict => number,
+            _ => return Err(JsonError::Number(start)),
+        };
+        #[expect(clippy::cast_precision_loss, reason = "2^53 - 1 is exact in a double")]
+        let safe = INTEGER_MAX as f64;
+        if !fraction && number.trunc() == number && number.abs() <= safe {
+            // The specification's own example turns 1e10 into an integer.
+            self.out
+                .extend_from_slice(format!("{}", number + 0.0).as_bytes());
+            return Ok(());
+        }
+        self.out.extend_from_slice(python_repr(number).as_bytes());
+        Ok(())
+    }
+}
+
+/// The shortest text that reads back as this number, laid out as Python does.
+fn python_repr(number: f64) -> String {
+    let text = format!("{number:e}");
+    let Some((mantissa, exponent)) = text.split_once('e') else {
+        return text;
+    };
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        return format!("{number:?}");
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{mantissa}e{sign}{:02}", exponent.unsigned_abs())
+}
+
+/// Bytes of a string that stand for themselves in the input and in the output.
+const PLAIN: [bool; 256] = {
+    let mut table = [true; 256];
+    let mut byte = 0;
+    while byte < 0x20 {
+        table[byte] = false;
+        byte += 1;
+    }
+    table[b'"' as usize] = false;
+    table[b'\\' as usize] = false;
+    table
+};
+
+/// By code point, which is by byte of the unescaped UTF-8.
+fn compare_keys(out: &[u8], a: Member, b: Member) -> Ordering {
+    let a = &out[a.start + 1..a.value - 2];
+    let b = &out[b.start + 1..b.value - 2];
+    let Some(at) = a.iter().zip(b).position(|(a, b)| a != b) else {
+        return a.len().cmp(&b.len());
+    };
+    let escaped = |key: &[u8]| key[..=at].contains(&b'\\');
+    if !escaped(a) && !escaped(b) {
+        return a[at].cmp(&b[at]);
+    }
+    unescaped(a).cmp(unescaped(b))
+}
+
+/// The bytes that a canonical key stands for.
+fn unescaped(key: &[u8]) -> impl Iterator<Item = u8> {
+    let mut rest = key.iter().copied();
+    std::iter::from_fn(move || {
+        let byte = rest.next()?;
+        if byte != b'\\' {
+            return Some(byte);
+        }
+        Some(match rest.next()? {
+            b'b' => 0x08,
+            b't' => b'\t',
+            b'n' => b'\n',
+            b'f' => 0x0c,
+            b'r' => b'\r',
+            b'u' => {
+                // Always `00` and two digits.
+                let digits = [rest.nth(2)?, rest.next()?];
+                digits.iter().fold(0, |sum, digit| {
+                    let digit = (*digit as char).to_digit(16).unwrap_or(0);
+                    sum << 4 | u8::try_from(digit).unwrap_or(0)
+                })
+            }
+            other => other,
+        })
+    })
+}

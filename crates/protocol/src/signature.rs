@@ -1,0 +1,231 @@
+//! Signatures: making them, and deciding whether an event carries those it must.
+//!
+//! <https://spec.matrix.org/v1.18/server-server-api/#validating-hashes-and-signatures-on-received-events>
+
+mod batch;
+mod signing_key;
+mod verify_key;
+
+use base64::Engine as _;
+use serde_json::{Map, Value};
+
+pub use self::batch::{Item, Verification, verify_batch};
+pub use self::signing_key::{BadSigningKey, SigningKey};
+pub use self::verify_key::{BadVerifyKey, VerifyKey};
+use crate::canonical_json::{JsonError, Object};
+use crate::hash::{self, BASE64};
+use crate::id::{ServerName, UserId};
+use crate::pdu::Pdu;
+use crate::room_version::RoomVersion;
+
+/// Keys of other algorithms are left aside.
+const ALGORITHM: &str = "ed25519:";
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SignatureError {
+    #[error("no signature of {0}")]
+    Missing(ServerName),
+    #[error("no usable key for any signature of {0}")]
+    UnknownKey(ServerName),
+    #[error("the signature of {server} with {key_id} is wrong")]
+    Wrong { server: ServerName, key_id: String },
+    #[error("who has to sign can not be told: {0}")]
+    Malformed(&'static str),
+}
+
+/// Where public keys come from. `None` means unknown, or not valid for an event of that time and version.
+pub trait Keys {
+    fn key(
+        &self,
+        server: &ServerName,
+        key_id: &str,
+        at_ms: i64,
+        version: RoomVersion,
+    ) -> Option<VerifyKey>;
+}
+
+/// The servers whose signatures an event needs (J-59). Nobody's, for a third-party invite of version 3
+/// or later.
+pub fn required_servers(pdu: &Pdu) -> Result<Vec<ServerName>, SignatureError> {
+    let rules = pdu.version.rules();
+    let mut servers = Vec::with_capacity(2);
+    let membership = pdu.membership();
+    let third_party =
+        membership == Some("invite") && pdu.content_raw("third_party_invite").is_some();
+    if !third_party {
+        servers.push(pdu.origin());
+    }
+    if rules.event_id_server_signs {
+        let server = pdu
+            .event_id
+            .as_str()
+            .split_once(':')
+            .and_then(|(_, domain)| ServerName::parse(domain).ok())
+            .ok_or(SignatureError::Malformed("event_id"))?;
+        if !servers.contains(&server) {
+            servers.push(server);
+        }
+    }
+    const AUTHORISED: &str = "join_authorised_via_users_server";
+    if rules.restricted && membership == Some("join") && pdu.content_raw(AUTHORISED).is_some() {
+        let server = pdu
+            .content_get_str(AUTHORISED)
+            .and_then(|user| UserId::parse(&user).ok())
+            .ok_or(SignatureError::Malformed(AUTHORISED))?
+            .server_name();
+        if !servers.contains(&server) {
+            servers.push(server);
+        }
+    }
+    Ok(servers)
+}
+
+/// The keys that would have to be known to judge this event: server and key id.
+pub fn needed_keys(pdu: &Pdu) -> Vec<(ServerName, String)> {
+    let servers = required_servers(pdu).unwrap_or_default();
+    pdu.signatures
+        .iter()
+        .filter(|(server, key_id, _)| servers.contains(server) && key_id.starts_with(ALGORITHM))
+        .map(|(server, key_id, _)| (server.clone(), key_id.clone()))
+        .collect()
+}
+
+/// Check 2 for one event.
+pub fn verify_pdu(pdu: &Pdu, keys: &dyn Keys) -> Result<(), SignatureError> {
+    let signed = pdu.signing_bytes();
+    for claim in claims(pdu, keys)? {
+        if !claim.key.verify(signed.as_bytes(), &claim.signature) {
+            return Err(claim.wrong());
+        }
+    }
+    Ok(())
+}
+
+/// Check 2 for many events, each with the bytes that are signed (see `Pdu::parse_with_signed`). Answers
+/// in order, exactly as [`verify_pdu`] would. `entropy` must be fresh and nobody else's to know.
+pub fn verify_pdus(
+    pdus: &[(&Pdu, &str)],
+    keys: &dyn Keys,
+    entropy: [u8; 32],
+    verification: Verification,
+) -> Vec<Result<(), SignatureError>> {
+    let claims: Vec<Result<Vec<Claim>, SignatureError>> =
+        pdus.iter().map(|(pdu, _)| claims(pdu, keys)).collect();
+    let items: Vec<Item<'_>> = claims
+        .iter()
+        .zip(pdus)
+        .flat_map(|(claims, (_, signed))| {
+            claims.iter().flatten().map(|claim| Item {
+                key: &claim.key,
+                message: signed.as_bytes(),
+                signature: &claim.signature,
+            })
+        })
+        .collect();
+    let mut verdicts = verify_batch(&items, entropy, verification).into_iter();
+    drop(items);
+    claims
+        .into_iter()
+        .map(|claims| {
+            let claims = claims?;
+            let mut result = Ok(());
+            for claim in claims {
+                let right = verdicts.next().unwrap_or(false);
+                if !right && result.is_ok() {
+                    result = Err(claim.wrong());
+                }
+            }
+            result
+        })
+        .collect()
+}
+
+/// A signature whose key is known.
+struct Claim {
+    server: ServerName,
+    key_id: String,
+    key: VerifyKey,
+    signature: [u8; 64],
+}
+
+impl Claim {
+    fn wrong(self) -> SignatureError {
+        SignatureError::Wrong {
+            server: self.server,
+            key_id: self.key_id,
+        }
+    }
+}
+
+/// What has to be verified for an event: of each required server every signature whose key is known,
+/// which must be at least one.
+fn claims(pdu: &Pdu, keys: &dyn Keys) -> Result<Vec<Claim>, SignatureError> {
+    let mut claims = Vec::new();
+    for server in required_servers(pdu)? {
+        let before = claims.len();
+        let mut signed = false;
+        for (_, key_id, text) in pdu.signatures.iter().filter(|(by, ..)| *by == server) {
+            if !key_id.starts_with(ALGORITHM) {
+                continue;
+            }
+            signed = true;
+            let Some(key) = keys.key(&server, key_id, pdu.origin_server_ts, pdu.version) else {
+                continue;
+            };
+            let Some(signature) = decode(text) else {
+                return Err(SignatureError::Wrong {
+                    server,
+                    key_id: key_id.clone(),
+                });
+            };
+            claims.push(Claim {
+                server: server.clone(),
+                key_id: key_id.clone(),
+                key,
+                signature,
+            });
+        }
+        if !signed {
+            return Err(SignatureError::Missing(server));
+        }
+        if claims.len() == before {
+            return Err(SignatureError::UnknownKey(server));
+        }
+    }
+    Ok(claims)
+}
+
+fn decode(signature: &str) -> Option<[u8; 64]> {
+    BASE64.decode(signature).ok()?.try_into().ok()
+}
+
+/// Whether `object` carries a right signature of `server` with this key. For requests and key lists;
+/// events are redacted first, see [`verify_pdu`].
+pub fn verify_json(
+    object: &Map<String, Value>,
+    server: &ServerName,
+    key_id: &str,
+    key: &VerifyKey,
+) -> Result<(), SignatureError> {
+    let signature = object
+        .get("signatures")
+        .and_then(|signatures| signatures.get(server.as_str())?.get(key_id)?.as_str())
+        .ok_or_else(|| SignatureError::Missing(server.clone()))?;
+    let wrong = || SignatureError::Wrong {
+        server: server.clone(),
+        key_id: key_id.to_owned(),
+    };
+    let signature = decode(signature).ok_or_else(wrong)?;
+    let signed = signed_form(object).map_err(|_| wrong())?;
+    if key.verify(signed.as_bytes(), &signature) {
+        return Ok(());
+    }
+    Err(wrong())
+}
+
+/// The canonical object without `signatures` and `unsigned`.
+fn signed_form(object: &Map<String, Value>) -> Result<String, JsonError> {
+    let raw = serde_json::to_vec(object).map_err(|_| JsonError::NotAnObject)?;
+    let object = Object::parse(&raw, true)?;
+    Ok(hash::without(&object, &["signatures", "unsigned"]))
+}
