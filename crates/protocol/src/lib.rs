@@ -3,6 +3,7 @@
 //! This crate knows no socket, file, thread, clock or source of chance, and no async. Whoever calls
 //! it hands in the bytes, the keys and the events; it answers with values.
 
+pub mod auth;
 pub mod build;
 pub mod canonical_json;
 pub mod event_set;
@@ -11,6 +12,7 @@ pub mod hash;
 pub mod id;
 pub mod nid;
 pub mod pdu;
+pub mod power;
 pub mod redaction;
 pub mod room_version;
 pub mod signature;
