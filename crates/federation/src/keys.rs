@@ -1,0 +1,877 @@
+//! Signing keys of other servers: fetched, verified, remembered; and notary service for others.
+//!
+//! <https://spec.matrix.org/v1.18/server-server-api/#retrieving-server-keys>
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::{BoxFuture, FutureExt, Shared, join_all};
+use protocol::id::ServerName;
+use protocol::room_version::RoomVersion;
+use protocol::signature::{Keys, VerifyKey, verify_json};
+use serde_json::{Map, Value, json};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::client::{Body, Call, Client, uri};
+use crate::request_auth::{AuthError, XMatrix};
+use crate::server_keys::{self, KnownKey, KnownKeys, OldKey, StoredKey};
+
+/// A key object is a few hundred bytes; a notary's answer one for each server asked for.
+const KEYS_BYTES_MAX: usize = 256 << 10;
+const NOTARY_BYTES_MAX: usize = 16 << 20;
+const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Servers asked at one time.
+const FETCHES_MAX: usize = 64;
+/// A notary is asked for those that have not answered by then.
+const NOTARY_AFTER: Duration = Duration::from_secs(3);
+/// Servers named in one question to a notary.
+const NOTARY_SERVERS_MAX: usize = 200;
+/// Servers whose keys are held in memory.
+const SERVERS_MAX: u64 = 50_000;
+/// Answered, but not with the key wanted: asking again at once is of no use.
+const FETCH_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// Did not answer, and events of it wait.
+const DEAD_FOR_EVENTS: Duration = Duration::from_secs(60);
+/// Did not answer, yet it asks us something, so it lives.
+const DEAD_FOR_REQUESTS: Duration = Duration::from_secs(2);
+/// For one inbound request; the sender waits.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Where keys outlive a restart.
+pub trait KeyStore: Send + Sync + 'static {
+    /// Every row of these servers.
+    fn load(&self, servers: Vec<ServerName>) -> BoxFuture<'_, Result<Vec<StoredKey>, String>>;
+    /// Inserts, or replaces the row of the same server and key id.
+    fn save(&self, keys: Vec<StoredKey>) -> BoxFuture<'_, Result<(), String>>;
+}
+
+/// Milliseconds since the Unix epoch.
+pub type UnixClock = Arc<dyn Fn() -> i64 + Send + Sync>;
+
+/// One key that an event needs.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Wanted {
+    pub server: ServerName,
+    pub key_id: String,
+    /// The event's `origin_server_ts`; 0 where the room version does not look at validity.
+    pub at_ms: i64,
+}
+
+impl Wanted {
+    pub fn new(server: ServerName, key_id: String, at_ms: i64, version: RoomVersion) -> Self {
+        let enforced = version.rules().key_validity_enforced;
+        let at_ms = if enforced { at_ms } else { 0 };
+        Self {
+            server,
+            key_id,
+            at_ms,
+        }
+    }
+}
+
+/// Finds keys. Cheap to clone.
+#[derive(Clone)]
+pub struct KeyRing {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    client: Client,
+    store: Arc<dyn KeyStore>,
+    clock: UnixClock,
+    notaries: Vec<ServerName>,
+    own_old: Vec<OldKey>,
+    known: moka::sync::Cache<ServerName, Arc<KnownKeys>>,
+    asked: moka::sync::Cache<ServerName, Asked>,
+    flights: Mutex<HashMap<ServerName, Flight>>,
+    fetches: Semaphore,
+}
+
+type Flight = Shared<BoxFuture<'static, ()>>;
+
+/// The last time that a server was asked for its keys.
+#[derive(Clone, Copy)]
+struct Asked {
+    at: Instant,
+    answered: bool,
+}
+
+/// Keys at hand, for verifying. What is not in it could not be had in time.
+#[derive(Clone, Debug, Default)]
+pub struct KeySet {
+    servers: BTreeMap<ServerName, Arc<KnownKeys>>,
+}
+
+impl KeySet {
+    pub fn get(&self, server: &ServerName, key_id: &str) -> Option<&KnownKey> {
+        self.servers.get(server)?.get(key_id)
+    }
+}
+
+impl Keys for KeySet {
+    fn key(
+        &self,
+        server: &ServerName,
+        key_id: &str,
+        at_ms: i64,
+        version: RoomVersion,
+    ) -> Option<VerifyKey> {
+        self.get(server, key_id)
+            .filter(|key| key.is_good_for_event(at_ms, version))
+            .map(|key| key.key.clone())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Events,
+    Requests,
+}
+
+impl KeyRing {
+    pub fn new(
+        client: Client,
+        store: Arc<dyn KeyStore>,
+        clock: UnixClock,
+        notaries: Vec<ServerName>,
+        own_old: Vec<OldKey>,
+    ) -> Self {
+        let own = client.own_name().clone();
+        Self {
+            inner: Arc::new(Inner {
+                client,
+                store,
+                clock,
+                notaries: notaries.into_iter().filter(|n| *n != own).collect(),
+                own_old,
+                known: moka::sync::Cache::new(SERVERS_MAX),
+                asked: moka::sync::Cache::new(SERVERS_MAX),
+                flights: Mutex::new(HashMap::new()),
+                fetches: Semaphore::new(FETCHES_MAX),
+            }),
+        }
+    }
+
+    fn own(&self) -> &ServerName {
+        self.inner.client.own_name()
+    }
+
+    fn now_ms(&self) -> i64 {
+        (self.inner.clock)()
+    }
+
+    /// What of this could be had within `deadline`. Fetches that take longer go on, for the next time.
+    pub async fn keys_for_events(&self, wanted: &[Wanted], deadline: Duration) -> KeySet {
+        self.have(wanted, deadline, Purpose::Events).await
+    }
+
+    /// Fetches the keys of servers whose events will come, unless they are known. Returns at once.
+    pub fn prefetch(&self, servers: Vec<ServerName>) {
+        let ring = self.clone();
+        tokio::spawn(async move {
+            ring.load(&servers).await;
+            let now_ms = ring.now_ms();
+            for server in servers {
+                let fresh = ring
+                    .known(&server)
+                    .is_some_and(|keys| keys.values().any(|key| key.is_good_for_request(now_ms)));
+                if !fresh {
+                    ring.flight(&server, Purpose::Events);
+                }
+            }
+        });
+    }
+
+    /// Whether the request comes from whom it says, and who that is (R-2, R-2a). `header` is the value of
+    /// `Authorization`, `uri` the path and query as they came.
+    pub async fn verify_request(
+        &self,
+        header: Option<&str>,
+        method: &str,
+        uri: &str,
+        body: &[u8],
+    ) -> Result<ServerName, AuthError> {
+        let header = XMatrix::parse(header.ok_or(AuthError::Missing)?)?;
+        if let Some(destination) = &header.destination
+            && destination != self.own()
+        {
+            return Err(AuthError::WrongDestination(destination.clone()));
+        }
+        let content = match body {
+            [] => None,
+            body => Some(serde_json::from_slice(body).map_err(|_| AuthError::NotJson)?),
+        };
+        let now_ms = self.now_ms();
+        let wanted = Wanted {
+            server: header.origin.clone(),
+            key_id: header.key.clone(),
+            at_ms: now_ms,
+        };
+        let keys = self
+            .have(&[wanted], REQUEST_DEADLINE, Purpose::Requests)
+            .await;
+        let key = keys
+            .get(&header.origin, &header.key)
+            .filter(|key| key.is_good_for_request(now_ms))
+            .ok_or_else(|| AuthError::UnknownKey {
+                server: header.origin.clone(),
+                key: header.key.clone(),
+            })?;
+        header.verify(&key.key, method, uri, self.own(), content)?;
+        // It is alive, so what waits for it need not.
+        self.inner.client.backoff().reset(&header.origin);
+        Ok(header.origin)
+    }
+
+    /// The body of `GET /_matrix/key/v2/server`.
+    pub fn own_keys(&self) -> Value {
+        Value::Object(self.own_object())
+    }
+
+    /// The body of a notary's answer: for each server its self-signed keys with our signature added.
+    /// Keys named are wanted valid until the time given with them, by default now; none named: all.
+    pub async fn notarise(
+        &self,
+        wanted: BTreeMap<ServerName, BTreeMap<String, Option<i64>>>,
+    ) -> Value {
+        let now_ms = self.now_ms();
+        let servers: Vec<ServerName> = wanted.keys().cloned().collect();
+        let others: Vec<ServerName> = servers
+            .iter()
+            .filter(|server| *server != self.own())
+            .cloned()
+            .collect();
+        self.load(&others).await;
+        let stale = wanted.iter().filter(|(server, keys)| {
+            let known = self.known(server).unwrap_or_default();
+            let until = |min: Option<i64>| min.unwrap_or(now_ms);
+            if keys.is_empty() {
+                !known.values().any(|key| key.is_good_for_request(now_ms))
+            } else {
+                keys.iter().any(|(key_id, min)| {
+                    known
+                        .get(key_id)
+                        .is_none_or(|key| key.valid_until_ms < until(*min) && !key.old)
+                })
+            }
+        });
+        let flights: Vec<Flight> = stale
+            .filter_map(|(server, _)| self.flight(server, Purpose::Events))
+            .collect();
+        // What does not answer is served from what we hold.
+        let _ = tokio::time::timeout(FETCH_TIMEOUT, join_all(flights)).await;
+
+        let mut objects = Vec::new();
+        for server in &servers {
+            if server == self.own() {
+                objects.push(self.own_keys());
+                continue;
+            }
+            let known = self.known(server).unwrap_or_default();
+            let named = &wanted[server];
+            let responses: BTreeSet<&Arc<str>> = known
+                .iter()
+                .filter(|(key_id, _)| named.is_empty() || named.contains_key(*key_id))
+                .map(|(_, key)| &key.response)
+                .collect();
+            for response in responses {
+                let Ok(Value::Object(mut object)) = serde_json::from_str(response) else {
+                    continue;
+                };
+                let key = self.inner.client.signing_key();
+                if key.sign_json(&mut object, self.own()).is_ok() {
+                    objects.push(Value::Object(object));
+                }
+            }
+        }
+        json!({ "server_keys": objects })
+    }
+
+    fn own_object(&self) -> Map<String, Value> {
+        let key = self.inner.client.signing_key();
+        server_keys::own(self.own(), key, &self.inner.own_old, self.now_ms())
+    }
+
+    async fn have(&self, wanted: &[Wanted], deadline: Duration, purpose: Purpose) -> KeySet {
+        let until = Instant::now() + deadline;
+        let servers: BTreeSet<ServerName> = wanted.iter().map(|w| w.server.clone()).collect();
+        let servers: Vec<ServerName> = servers.into_iter().collect();
+        self.load(&servers).await;
+
+        let missing = self.missing(wanted, purpose);
+        if !missing.is_empty() {
+            let flights: Vec<Flight> = missing
+                .keys()
+                .filter_map(|server| self.flight(server, purpose))
+                .collect();
+            let patience = if self.inner.notaries.is_empty() {
+                until
+            } else {
+                until.min(Instant::now() + NOTARY_AFTER)
+            };
+            let direct = join_all(flights).shared();
+            let _ = tokio::time::timeout_at(patience, direct.clone()).await;
+            let missing = self.missing(wanted, purpose);
+            if !missing.is_empty() && !self.inner.notaries.is_empty() {
+                let both = futures::future::join(direct, self.ask_notaries(missing));
+                let _ = tokio::time::timeout_at(until, both).await;
+            }
+        }
+        KeySet {
+            servers: servers
+                .into_iter()
+                .filter_map(|server| Some((server.clone(), self.known(&server)?)))
+                .collect(),
+        }
+    }
+
+    /// What of this is not known, or not for so late a time, by server.
+    fn missing(&self, wanted: &[Wanted], purpose: Purpose) -> BTreeMap<ServerName, Vec<Wanted>> {
+        let mut missing: BTreeMap<ServerName, Vec<Wanted>> = BTreeMap::new();
+        let mut last: Option<(&ServerName, Option<Arc<KnownKeys>>)> = None;
+        for want in wanted {
+            if last
+                .as_ref()
+                .is_none_or(|(server, _)| **server != want.server)
+            {
+                last = Some((&want.server, self.known(&want.server)));
+            }
+            let keys = last.as_ref().and_then(|(_, keys)| keys.as_ref());
+            let enough = keys.and_then(|k| k.get(&want.key_id)).is_some_and(|key| {
+                match purpose {
+                    Purpose::Requests => key.is_good_for_request(want.at_ms),
+                    // An old key will never be valid for longer.
+                    Purpose::Events => key.old || want.at_ms <= key.valid_until_ms,
+                }
+            });
+            if !enough {
+                missing
+                    .entry(want.server.clone())
+                    .or_default()
+                    .push(want.clone());
+            }
+        }
+        missing
+    }
+
+    fn known(&self, server: &ServerName) -> Option<Arc<KnownKeys>> {
+        if server == self.own() {
+            return Some(Arc::new(self.own_known()));
+        }
+        self.inner.known.get(server)
+    }
+
+    /// Our own keys never run out for ourselves.
+    fn own_known(&self) -> KnownKeys {
+        let now_ms = self.now_ms();
+        let entry = |key, valid_until_ms, old| KnownKey {
+            key,
+            valid_until_ms,
+            old,
+            fetched_at_ms: now_ms,
+            response: "{}".into(),
+        };
+        let key = self.inner.client.signing_key();
+        let mut known = KnownKeys::new();
+        for old in &self.inner.own_old {
+            if let Ok(key) = VerifyKey::parse(&old.public_key) {
+                known.insert(old.key_id.clone(), entry(key, old.expired_ms, true));
+            }
+        }
+        known.insert(
+            key.key_id().to_owned(),
+            entry(key.verify_key(), i64::MAX, false),
+        );
+        known
+    }
+
+    /// Takes from the store what is not in memory.
+    async fn load(&self, servers: &[ServerName]) {
+        let unknown: Vec<ServerName> = servers
+            .iter()
+            .filter(|s| *s != self.own() && !self.inner.known.contains_key(*s))
+            .cloned()
+            .collect();
+        if unknown.is_empty() {
+            return;
+        }
+        match self.inner.store.load(unknown).await {
+            Ok(rows) => self.remember(rows),
+            Err(error) => tracing::warn!(error, "stored keys cannot be read"),
+        }
+    }
+
+    /// Adds to what is known; of two rows for one key the later fetched wins.
+    fn remember(&self, rows: Vec<StoredKey>) {
+        let mut by_server: BTreeMap<ServerName, Vec<StoredKey>> = BTreeMap::new();
+        for row in rows {
+            by_server.entry(row.server.clone()).or_default().push(row);
+        }
+        for (server, rows) in by_server {
+            let fresh: KnownKeys = rows
+                .into_iter()
+                .filter_map(|row| {
+                    let known = KnownKey {
+                        key: VerifyKey::parse(&row.public_key).ok()?,
+                        valid_until_ms: row.valid_until_ms,
+                        old: row.old,
+                        fetched_at_ms: row.fetched_at_ms,
+                        response: row.response,
+                    };
+                    Some((row.key_id, known))
+                })
+                .collect();
+            self.inner.known.entry(server).and_upsert_with(|held| {
+                let mut keys = held.map_or_else(KnownKeys::new, |h| h.value().as_ref().clone());
+                for (key_id, key) in fresh {
+                    match keys.get(&key_id) {
+                        Some(held) if held.fetched_at_ms > key.fetched_at_ms => {}
+                        _ => {
+                            keys.insert(key_id, key);
+                        }
+                    }
+                }
+                Arc::new(keys)
+            });
+        }
+    }
+
+    async fn learn(&self, rows: Vec<StoredKey>) {
+        self.remember(rows.clone());
+        if let Err(error) = self.inner.store.save(rows).await {
+            tracing::warn!(error, "fetched keys cannot be stored");
+        }
+    }
+
+    /// The one fetch of this server's keys that is under way, begun if there is none; `None` if it was
+    /// asked only just now.
+    fn flight(&self, server: &ServerName, purpose: Purpose) -> Option<Flight> {
+        if server == self.own() {
+            return None;
+        }
+        let mut flights = self
+            .inner
+            .flights
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(server) {
+            return Some(flight.clone());
+        }
+        let rest = |asked: Asked| match (asked.answered, purpose) {
+            (true, _) => FETCH_AGAIN_AFTER,
+            (false, Purpose::Events) => DEAD_FOR_EVENTS,
+            (false, Purpose::Requests) => DEAD_FOR_REQUESTS,
+        };
+        if let Some(asked) = self.inner.asked.get(server)
+            && asked.at.elapsed() < rest(asked)
+        {
+            return None;
+        }
+        let ring = self.clone();
+        let name = server.clone();
+        let task = tokio::spawn(async move { ring.fetch(&name).await });
+        let flight = task.map(|_| ()).boxed().shared();
+        flights.insert(server.clone(), flight.clone());
+        Some(flight)
+    }
+
+    async fn fetch(&self, server: &ServerName) {
+        let _permit = self
+            .inner
+            .fetches
+            .acquire()
+            .await
+            .expect("the semaphore is never closed");
+        let fetched = self.fetch_from_itself(server).await;
+        let answered = fetched.is_ok();
+        match fetched {
+            Ok(rows) => self.learn(rows).await,
+            Err(reason) => tracing::debug!(%server, reason, "keys could not be fetched"),
+        }
+        let at = Instant::now();
+        self.inner
+            .asked
+            .insert(server.clone(), Asked { at, answered });
+        self.inner
+            .flights
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(server);
+    }
+
+    async fn fetch_from_itself(&self, server: &ServerName) -> Result<Vec<StoredKey>, String> {
+        let uri = "/_matrix/key/v2/server".to_owned();
+        let mut call = Call::get(server, uri, FETCH_TIMEOUT);
+        call.signed = false;
+        let object: Map<String, Value> = self
+            .inner
+            .client
+            .json(call, KEYS_BYTES_MAX)
+            .await
+            .map_err(|failure| format!("{:?}", room::effect::AskError::from(failure)))?;
+        server_keys::read(&object, server, self.now_ms()).map_err(|e| e.to_string())
+    }
+
+    /// Asks one notary after the other for what is still missing.
+    async fn ask_notaries(&self, mut missing: BTreeMap<ServerName, Vec<Wanted>>) {
+        for notary in &self.inner.notaries {
+            // Nobody vouches for itself this way.
+            missing.remove(notary);
+            if missing.is_empty() {
+                return;
+            }
+            let all: Vec<Wanted> = missing.values().flatten().cloned().collect();
+            let servers: Vec<_> = missing.into_iter().collect();
+            for some in servers.chunks(NOTARY_SERVERS_MAX) {
+                match self.ask_notary(notary, some).await {
+                    Ok(rows) => self.learn(rows).await,
+                    Err(reason) => tracing::debug!(%notary, reason, "a notary is of no help"),
+                }
+            }
+            missing = self.missing(&all, Purpose::Events);
+        }
+    }
+
+    async fn ask_notary(
+        &self,
+        notary: &ServerName,
+        servers: &[(ServerName, Vec<Wanted>)],
+    ) -> Result<Vec<StoredKey>, String> {
+        let mut wanted: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
+        let mut asked_for = BTreeSet::new();
+        for (server, keys) in servers {
+            asked_for.insert(server.as_str());
+            for want in keys {
+                // Never in the future, which no key can promise.
+                let until = want.at_ms.min(self.now_ms());
+                let entry = json!({ "minimum_valid_until_ts": until });
+                wanted
+                    .entry(server.as_str())
+                    .or_default()
+                    .insert(&want.key_id, entry);
+            }
+        }
+        let body = Body::Json(json!({ "server_keys": wanted }));
+        let uri = uri("/_matrix/key/v2", &["query"]);
+        let call = Call::post(notary, uri, body, FETCH_TIMEOUT);
+        let answer: Value = self
+            .inner
+            .client
+            .request(call, NOTARY_BYTES_MAX)
+            .await
+            .map_err(|error| format!("{error:?}"))?;
+        let objects = answer["server_keys"].as_array().ok_or("no server_keys")?;
+        let notary_keys = self.notary_keys(notary).await?;
+        let mut rows = Vec::new();
+        for object in objects.iter().filter_map(Value::as_object) {
+            let Some(server) = object
+                .get("server_name")
+                .and_then(Value::as_str)
+                .filter(|name| asked_for.contains(name))
+                .and_then(|name| ServerName::parse(name).ok())
+            else {
+                continue;
+            };
+            let vouched = notary_keys
+                .iter()
+                .any(|(id, key)| verify_json(object, notary, id, &key.key).is_ok());
+            if !vouched {
+                return Err(format!("it did not sign the keys of {server}"));
+            }
+            match server_keys::read(object, &server, self.now_ms()) {
+                Ok(found) => rows.extend(found),
+                Err(error) => tracing::debug!(%server, %error, "a notary gave bad keys"),
+            }
+        }
+        Ok(rows)
+    }
+
+    async fn notary_keys(&self, notary: &ServerName) -> Result<Arc<KnownKeys>, String> {
+        self.load(std::slice::from_ref(notary)).await;
+        let now_ms = self.now_ms();
+        let usable = |keys: &Arc<KnownKeys>| keys.values().any(|k| k.is_good_for_request(now_ms));
+        if let Some(keys) = self.known(notary).filter(usable) {
+            return Ok(keys);
+        }
+        if let Some(flight) = self.flight(notary, Purpose::Requests) {
+            flight.await;
+        }
+        self.known(notary)
+            .filter(usable)
+            .ok_or_else(|| "its own keys cannot be had".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use protocol::signature::SigningKey;
+
+    use super::*;
+    use crate::transport::{Method, Request, Response, StatusCode, Transport, TransportError};
+
+    const NOW: i64 = 1_700_000_000_000;
+
+    fn name(text: &str) -> ServerName {
+        ServerName::parse(text).unwrap()
+    }
+
+    fn key_of(server: &str) -> SigningKey {
+        let mut seed = [7; 32];
+        seed[..server.len()].copy_from_slice(server.as_bytes());
+        SigningKey::generate(seed, "1").unwrap()
+    }
+
+    /// Servers by name: those `up` give their keys, those `notaries` speak for everyone.
+    #[derive(Default)]
+    struct World {
+        up: Vec<&'static str>,
+        notaries: Vec<&'static str>,
+        asked: Mutex<Vec<String>>,
+    }
+
+    fn answer(value: Value) -> Response {
+        Response {
+            status: StatusCode::OK,
+            headers: Default::default(),
+            body: Box::pin(futures::stream::iter([Ok(Bytes::from(value.to_string()))])),
+        }
+    }
+
+    impl Transport for World {
+        fn send(&self, request: Request) -> BoxFuture<'_, Result<Response, TransportError>> {
+            let to = request.to.as_str().to_owned();
+            let what = format!("{} {}", to, request.path_and_query);
+            self.asked.lock().unwrap().push(what);
+            Box::pin(async move {
+                // A round trip, so that two who ask at the same time can meet.
+                tokio::task::yield_now().await;
+                if !self.up.contains(&to.as_str()) {
+                    return Err(TransportError::Connect {
+                        server: request.to,
+                        reason: "down".into(),
+                    });
+                }
+                if request.method == Method::GET {
+                    let own = server_keys::own(&request.to, &key_of(&to), &[], NOW);
+                    return Ok(answer(Value::Object(own)));
+                }
+                assert!(self.notaries.contains(&to.as_str()));
+                let body: Value = serde_json::from_slice(&request.body.unwrap()).unwrap();
+                let objects: Vec<Value> = body["server_keys"]
+                    .as_object()
+                    .unwrap()
+                    .keys()
+                    .map(|server| {
+                        let mut object = server_keys::own(&name(server), &key_of(server), &[], NOW);
+                        let liar = to == "liar";
+                        let signer = if liar { key_of("x") } else { key_of(&to) };
+                        signer.sign_json(&mut object, &request.to).unwrap();
+                        Value::Object(object)
+                    })
+                    .collect();
+                Ok(answer(json!({ "server_keys": objects })))
+            })
+        }
+    }
+
+    #[derive(Default)]
+    struct Memory(Mutex<Vec<StoredKey>>);
+
+    impl KeyStore for Memory {
+        fn load(&self, servers: Vec<ServerName>) -> BoxFuture<'_, Result<Vec<StoredKey>, String>> {
+            let rows = self.0.lock().unwrap();
+            let found = rows
+                .iter()
+                .filter(|row| servers.contains(&row.server))
+                .cloned()
+                .collect();
+            Box::pin(async move { Ok(found) })
+        }
+
+        fn save(&self, keys: Vec<StoredKey>) -> BoxFuture<'_, Result<(), String>> {
+            self.0.lock().unwrap().extend(keys);
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn ring(own: &str, world: &Arc<World>, store: &Arc<Memory>, notaries: &[&str]) -> KeyRing {
+        let client = Client::new(world.clone(), name(own), key_of(own));
+        let notaries = notaries.iter().map(|n| name(n)).collect();
+        let clock: UnixClock = Arc::new(|| NOW);
+        KeyRing::new(client, store.clone(), clock, notaries, Vec::new())
+    }
+
+    fn want(server: &str, at_ms: i64) -> Wanted {
+        Wanted {
+            server: name(server),
+            key_id: "ed25519:1".into(),
+            at_ms,
+        }
+    }
+
+    async fn found(ring: &KeyRing, server: &str, at_ms: i64) -> bool {
+        let deadline = Duration::from_secs(30);
+        let keys = ring.keys_for_events(&[want(server, at_ms)], deadline).await;
+        keys.key(&name(server), "ed25519:1", at_ms, RoomVersion::V6)
+            .is_some_and(|key| key.as_bytes() == key_of(server).verify_key().as_bytes())
+    }
+
+    fn world(up: &[&'static str], notaries: &[&'static str]) -> Arc<World> {
+        Arc::new(World {
+            up: up.to_vec(),
+            notaries: notaries.to_vec(),
+            asked: Mutex::default(),
+        })
+    }
+
+    fn asked(world: &World) -> Vec<String> {
+        std::mem::take(&mut *world.asked.lock().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_come_from_the_server_once_and_then_from_memory_and_store() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let one = ring("us", &world, &store, &[]);
+        assert!(found(&one, "a", NOW).await);
+        assert!(found(&one, "a", NOW - 1).await);
+        assert_eq!(asked(&world), ["a /_matrix/key/v2/server"]);
+        let restarted = ring("us", &world, &store, &[]);
+        assert!(found(&restarted, "a", NOW).await);
+        assert!(asked(&world).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_who_want_one_servers_keys_ask_once() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        let (one, two) = tokio::join!(found(&ring, "a", NOW), found(&ring, "a", NOW));
+        assert!(one && two);
+        assert_eq!(asked(&world).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn our_own_key_needs_no_asking() {
+        let (world, store) = (world(&[], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        assert!(found(&ring, "us", NOW + (1 << 40)).await);
+        assert!(asked(&world).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_notary_speaks_for_a_dead_server() {
+        let (world, store) = (world(&["n"], &["n"]), Arc::default());
+        let ring = ring("us", &world, &store, &["n"]);
+        assert!(found(&ring, "dead", NOW).await);
+        assert_eq!(
+            asked(&world),
+            [
+                "dead /_matrix/key/v2/server",
+                "n /_matrix/key/v2/query",
+                "n /_matrix/key/v2/server"
+            ]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_notary_that_does_not_sign_is_not_believed() {
+        let (world, store) = (world(&["liar"], &["liar"]), Arc::default());
+        let ring = ring("us", &world, &store, &["liar"]);
+        assert!(!found(&ring, "dead", NOW).await);
+        assert!(
+            store
+                .0
+                .lock()
+                .unwrap()
+                .iter()
+                .all(|r| r.server == name("liar"))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_server_is_left_alone_for_a_while() {
+        let (world, store) = (world(&[], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        assert!(!found(&ring, "dead", NOW).await);
+        assert!(!found(&ring, "dead", NOW).await);
+        assert_eq!(asked(&world).len(), 1);
+        tokio::time::advance(DEAD_FOR_EVENTS).await;
+        assert!(!found(&ring, "dead", NOW).await);
+        assert_eq!(asked(&world).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_event_after_the_keys_validity_has_no_key_from_version_5_on() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        let later = NOW + 8 * 24 * 3600 * 1000;
+        assert!(!found(&ring, "a", later).await);
+        let keys = ring
+            .keys_for_events(&[want("a", 0)], Duration::from_secs(1))
+            .await;
+        let key = |version| keys.key(&name("a"), "ed25519:1", later, version);
+        assert!(key(RoomVersion::V4).is_some());
+        assert!(key(RoomVersion::V5).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_is_taken_for_the_server_that_signed_it() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        let uri = "/_matrix/federation/v1/send/1";
+        let body = json!({"pdus": []});
+        let sign = |key: &SigningKey, to: &str| {
+            crate::request_auth::sign(key, "PUT", uri, &name("a"), &name(to), Some(body.clone()))
+                .unwrap()
+                .to_header()
+        };
+        let text = body.to_string();
+        let verify = async |header: Option<&str>, body: &str| {
+            ring.verify_request(header, "PUT", uri, body.as_bytes())
+                .await
+        };
+        let good = sign(&key_of("a"), "us");
+        assert_eq!(verify(Some(&good), &text).await, Ok(name("a")));
+        let forged = sign(&key_of("b"), "us");
+        assert_eq!(
+            verify(Some(&forged), &text).await,
+            Err(AuthError::BadSignature(name("a")))
+        );
+        assert_eq!(
+            verify(Some(&good), "{}").await,
+            Err(AuthError::BadSignature(name("a")))
+        );
+        assert_eq!(
+            verify(Some(&sign(&key_of("a"), "them")), &text).await,
+            Err(AuthError::WrongDestination(name("them")))
+        );
+        assert_eq!(verify(None, &text).await, Err(AuthError::Missing));
+        assert_eq!(verify(Some(&good), "x").await, Err(AuthError::NotJson));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn as_a_notary_we_add_our_signature_to_what_others_signed() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        let wanted = BTreeMap::from([
+            (name("a"), BTreeMap::new()),
+            (name("dead"), BTreeMap::new()),
+            (name("us"), BTreeMap::new()),
+        ]);
+        let answer = ring.notarise(wanted).await;
+        let objects = answer["server_keys"].as_array().unwrap();
+        assert_eq!(objects.len(), 2);
+        let object = objects[0].as_object().unwrap();
+        for signer in ["a", "us"] {
+            verify_json(
+                object,
+                &name(signer),
+                "ed25519:1",
+                &key_of(signer).verify_key(),
+            )
+            .unwrap();
+        }
+    }
+}
