@@ -169,11 +169,11 @@ fn host_and_port(text: &str) -> Option<(&str, Option<u16>)> {
     let (host, port) = if let Some(rest) = text.strip_prefix('[') {
         let (literal, port) = rest.split_once(']')?;
         literal.parse::<std::net::Ipv6Addr>().ok()?;
-        (
-            &text[..literal.len() + 2],
-            port.strip_prefix(':')
-                .or(if port.is_empty() { None } else { return None }),
-        )
+        let port = match port.strip_prefix(':') {
+            None if !port.is_empty() => return None,
+            port => port,
+        };
+        (&text[..literal.len() + 2], port)
     } else {
         match text.split_once(':') {
             Some((host, port)) => (host, Some(port)),
