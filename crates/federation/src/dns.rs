@@ -61,7 +61,7 @@ impl SystemDns {
     }
 
     /// Asked first and by itself, so that a name in the hosts file never waits for a name server.
-    fn from_hosts_file(&self, host: &str) -> Vec<IpAddr> {
+    fn hosts_file_addresses(&self, host: &str) -> Vec<IpAddr> {
         let Ok(name) = Name::from_ascii(host.to_ascii_lowercase()) else {
             return Vec::new();
         };
@@ -85,7 +85,7 @@ impl SystemDns {
 impl Dns for SystemDns {
     fn addresses<'a>(&'a self, host: &'a str) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
         Box::pin(async move {
-            let known = self.from_hosts_file(host);
+            let known = self.hosts_file_addresses(host);
             if !known.is_empty() {
                 return Ok(known);
             }

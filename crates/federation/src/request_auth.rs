@@ -46,10 +46,8 @@ impl XMatrix {
         if header.len() > HEADER_BYTES_MAX {
             return Err(AuthError::Malformed("too long"));
         }
-        let (scheme, parameters) = header
-            .trim()
-            .split_once([' ', '\t'])
-            .unwrap_or((header, ""));
+        let header = header.trim();
+        let (scheme, parameters) = header.split_once([' ', '\t']).unwrap_or((header, ""));
         if !scheme.eq_ignore_ascii_case("X-Matrix") {
             return Err(AuthError::Missing);
         }

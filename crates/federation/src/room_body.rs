@@ -218,7 +218,13 @@ impl RoomBody {
                 let nesting = Nesting::START;
                 (At::Event { section, nesting }, 0)
             }
-            (At::List { section, due }, b',') if due == Due::CommaOrEnd => {
+            (
+                At::List {
+                    section,
+                    due: Due::CommaOrEnd,
+                },
+                b',',
+            ) => {
                 let due = Due::Event;
                 (At::List { section, due }, 1)
             }
@@ -305,13 +311,11 @@ impl RoomBody {
         let raw = std::mem::take(&mut self.piece);
         let key = self.keys.last().map(String::as_str).unwrap_or_default();
         let join = self.kind != BodyKind::State;
+        // An empty list as some languages write it.
+        if self.section().is_some() && raw != b"null" {
+            return Err(Malformed("a list of events that is no list"));
+        }
         match key {
-            // An empty list as some languages write it.
-            _ if self.section().is_some() => {
-                if raw != b"null" {
-                    return Err(Malformed("a list of events that is no list"));
-                }
-            }
             "event" if join => self.event = Some(raw),
             "members_omitted" if join => self.members_omitted = Some(raw),
             "servers_in_room" if join => self.servers_in_room = Some(raw),
