@@ -148,7 +148,7 @@ pub fn check_with(
 }
 
 /// The rules but for those on `auth_events`.
-fn check_rules<P: Deref<Target = Pdu>>(
+pub(crate) fn check_rules<P: Deref<Target = Pdu>>(
     cache: &mut Cache,
     version: RoomVersion,
     pdu: &Pdu,

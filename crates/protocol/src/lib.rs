@@ -4,8 +4,10 @@
 //! it hands in the bytes, the keys and the events; it answers with values.
 
 pub mod auth;
+pub mod auth_chain;
 pub mod build;
 pub mod canonical_json;
+pub mod dag;
 pub mod event_set;
 pub mod format;
 pub mod hash;
@@ -17,3 +19,4 @@ pub mod redaction;
 pub mod room_version;
 pub mod signature;
 pub mod state;
+pub mod state_resolution;

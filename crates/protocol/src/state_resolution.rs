@@ -1,0 +1,221 @@
+//! State resolution: the one state that several states come to.
+//!
+//! Everything here costs what the states disagree on: entries that all maps share are looked up one by
+//! one where a rule asks for them, and never walked over.
+//!
+//! <https://spec.matrix.org/v1.18/rooms/v12/#state-resolution>
+
+mod first;
+mod second;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::auth::{self, Cache};
+use crate::auth_chain::{auth_chain, auth_difference};
+use crate::event_set::{EventSet, StateKey, StoredEvent};
+use crate::nid::{EventNid, KeyNid};
+use crate::pdu::Pdu;
+use crate::room_version::{RoomVersion, StateResolution};
+use crate::state::StateMap;
+
+/// The state that the maps resolve to, by the algorithm of the room version (V-18).
+///
+/// `set` holds the events of every key on which the maps differ; what stands in the maps at the keys that
+/// the rules of those events may read, the create event among them; and the whole auth chains of all
+/// these. It numbers the keys of all its events, and names in `shared` what [`find_shared`] finds. With
+/// less than that the answer is a state all the same, though perhaps not the one other servers get.
+pub fn resolve(version: RoomVersion, maps: &[StateMap], set: &EventSet) -> StateMap {
+    let Some(first) = maps.first() else {
+        return StateMap::new();
+    };
+    let disputed = disputed(maps);
+    if disputed.is_empty() {
+        return first.clone();
+    }
+    match version.rules().state_resolution {
+        StateResolution::V1 => first::resolve(version, first, &disputed, set),
+        StateResolution::V2 => second::resolve(version, maps, disputed, set, false),
+        StateResolution::V2_1 => second::resolve(version, maps, disputed, set, true),
+    }
+}
+
+/// A map of these entries, such as the auth events of one event for P-11.
+pub fn state_from_events(entries: &[(KeyNid, EventNid)]) -> StateMap {
+    entries.iter().copied().collect()
+}
+
+/// Those of the set's events that stand in the auth chain of an entry on which all maps agree, as far as
+/// they would otherwise be in the auth difference.
+///
+/// The set alone does not show it, since it has not got most of what the maps agree on; so this walks the
+/// other way, from the events in question up to the first such entry. `dependents` gives the next few
+/// events that name one event among their auth events, by growing number from past the given one, each
+/// with the number of its state key; nothing when there are no more.
+pub fn find_shared<E>(
+    maps: &[StateMap],
+    set: &EventSet,
+    dependents: &mut Dependents<'_, E>,
+) -> Result<BTreeSet<EventNid>, E> {
+    let agreed = |event: EventNid, key: Option<KeyNid>| {
+        key.is_some_and(|key| maps.iter().all(|map| map.get(key) == Some(event)))
+    };
+    let disputed = disputed(maps);
+    let mut shared = shared_in_set(maps, &disputed, set);
+    let in_question = difference_of_disputed(maps, &disputed, set);
+    // Seen from below and known to lead to no entry that the maps agree on.
+    let mut dead = BTreeSet::new();
+    for event in in_question {
+        if shared.contains(&event) || dead.contains(&event) {
+            continue;
+        }
+        let mut seen = BTreeSet::from([event]);
+        let mut left = vec![(event, None)];
+        let mut found = false;
+        'walk: while let Some((event, after)) = left.pop() {
+            let page = dependents(event, after)?;
+            if let Some((last, _)) = page.last() {
+                left.push((event, Some(*last)));
+            }
+            for (above, key) in page {
+                if agreed(above, key) || shared.contains(&above) {
+                    found = true;
+                    break 'walk;
+                }
+                if !dead.contains(&above) && seen.insert(above) {
+                    left.push((above, None));
+                }
+            }
+        }
+        if found {
+            shared.insert(event);
+            shared.extend(auth_chain([event], &|event| set.auth_events(event)));
+        } else {
+            dead.extend(seen);
+        }
+    }
+    Ok(shared)
+}
+
+/// A page of what stands upon an event: see [`find_shared`].
+pub type Dependents<'a, E> =
+    dyn FnMut(EventNid, Option<EventNid>) -> Result<Vec<(EventNid, Option<KeyNid>)>, E> + 'a;
+
+/// The keys on which the maps differ, with the events that stand there in some of them.
+fn disputed(maps: &[StateMap]) -> BTreeMap<KeyNid, BTreeSet<EventNid>> {
+    let mut disputed: BTreeMap<KeyNid, BTreeSet<EventNid>> = BTreeMap::new();
+    if let Some((first, others)) = maps.split_first() {
+        for other in others {
+            for (key, a, b) in first.diff(other) {
+                let events = disputed.entry(key).or_default();
+                events.extend(a.into_iter().chain(b));
+            }
+        }
+    }
+    disputed
+}
+
+/// What is in the auth chains of the disputed entries of some maps, and not of all.
+fn difference_of_disputed(
+    maps: &[StateMap],
+    disputed: &BTreeMap<KeyNid, BTreeSet<EventNid>>,
+    set: &EventSet,
+) -> BTreeSet<EventNid> {
+    let chains: Vec<_> = maps
+        .iter()
+        .map(|map| {
+            let events = disputed.keys().filter_map(|key| map.get(*key));
+            auth_chain(events, &|event| set.auth_events(event))
+        })
+        .collect();
+    auth_difference(&chains)
+}
+
+/// What the set itself shows to be in the auth chain of an entry on which all maps agree, with what it
+/// was told.
+fn shared_in_set(
+    maps: &[StateMap],
+    disputed: &BTreeMap<KeyNid, BTreeSet<EventNid>>,
+    set: &EventSet,
+) -> BTreeSet<EventNid> {
+    let agreed = set.events.keys().copied().filter(|&event| {
+        set.key_of(event).is_some_and(|key| {
+            !disputed.contains_key(&key) && maps.first().and_then(|map| map.get(key)) == Some(event)
+        })
+    });
+    let mut shared = auth_chain(agreed, &|event| set.auth_events(event));
+    shared.extend(&set.shared);
+    shared
+}
+
+/// A state in the making: what has been placed, on top of what is not disputed.
+struct Draft<'a> {
+    version: RoomVersion,
+    set: &'a EventSet,
+    /// The create event of a version that names none in `auth_events`.
+    create: Option<&'a StoredEvent>,
+    base: StateMap,
+    placed: BTreeMap<StateKey, EventNid>,
+    cache: Cache,
+}
+
+impl<'a> Draft<'a> {
+    fn new(version: RoomVersion, set: &'a EventSet, base: StateMap) -> Self {
+        let implied = !version.rules().create_in_auth_events;
+        let is_create = |event: &&StoredEvent| event.pdu.is("m.room.create", "");
+        Self {
+            version,
+            set,
+            create: implied
+                .then(|| set.events.values().find(is_create))
+                .flatten(),
+            base,
+            placed: BTreeMap::new(),
+            cache: Cache::default(),
+        }
+    }
+
+    fn get(&self, kind: &str, state_key: &str) -> Option<EventNid> {
+        let key = (kind.into(), state_key.into());
+        match self.placed.get(&key) {
+            Some(event) => Some(*event),
+            None => self.base.get(*self.set.keys.get(&key)?),
+        }
+    }
+
+    fn place(&mut self, event: EventNid, pdu: &Pdu) {
+        if let Some(state_key) = &pdu.state_key {
+            self.placed
+                .insert((pdu.kind.clone(), state_key.clone()), event);
+        }
+    }
+
+    /// Whether the rules allow the event on top of the draft. What the draft lacks, or has from a rejected
+    /// event, is taken from `own`.
+    fn allows(&mut self, stored: &StoredEvent, own: &BTreeMap<(&str, &str), &'a Pdu>) -> bool {
+        let mut cache = std::mem::take(&mut self.cache);
+        let get = |kind: &str, state_key: &str| -> Option<&'a Pdu> {
+            self.get(kind, state_key)
+                .and_then(|event| self.set.events.get(&event))
+                .filter(|stored| !stored.rejected)
+                .map(|stored| &*stored.pdu)
+                .or_else(|| own.get(&(kind, state_key)).copied())
+        };
+        let allowed = auth::check_rules(&mut cache, self.version, &stored.pdu, &get).is_ok();
+        self.cache = cache;
+        allowed
+    }
+
+    /// The undisputed entries with what was placed at the other keys.
+    fn finish(self, undisputed: StateMap) -> StateMap {
+        let mut state = undisputed.clone();
+        for (key, event) in self.placed {
+            // A key without a number is in no map and can be put in none.
+            if let Some(key) = self.set.keys.get(&key)
+                && undisputed.get(*key).is_none()
+            {
+                state.insert(*key, event);
+            }
+        }
+        state
+    }
+}
