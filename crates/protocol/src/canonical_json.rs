@@ -123,17 +123,22 @@ impl Object {
     }
 }
 
-/// The members of a canonical object, in order. Nothing is checked: the text comes from a pass above.
+/// The members of a canonical object, in order. The text comes from a pass above, here or when it was
+/// stored; should it be no object after all, this ends early.
 pub(crate) fn members(text: &str) -> impl Iterator<Item = Member> {
     let bytes = text.as_bytes();
     // At the `{` or at a comma.
     let mut at = 0;
     std::iter::from_fn(move || {
         let start = at + 1;
-        if bytes.get(start) != Some(&b'"') {
+        if !matches!(bytes.get(at)?, b'{' | b',') || *bytes.get(start)? != b'"' {
             return None;
         }
-        let value = end_of_string(bytes, start)? + 1;
+        let colon = end_of_string(bytes, start)?;
+        if *bytes.get(colon)? != b':' {
+            return None;
+        }
+        let value = colon + 1;
         at = end_of_value(bytes, value)?;
         Some(Member {
             start,
@@ -160,7 +165,7 @@ pub(crate) fn elements(text: &str) -> Option<impl Iterator<Item = &str>> {
     let mut at = 0;
     Some(std::iter::from_fn(move || {
         let start = at + 1;
-        if matches!(bytes.get(start), None | Some(b']')) {
+        if !matches!(bytes.get(at)?, b'[' | b',') || *bytes.get(start)? == b']' {
             return None;
         }
         at = end_of_value(bytes, start)?;

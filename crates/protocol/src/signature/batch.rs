@@ -145,31 +145,25 @@ fn equation_holds(items: &[Item<'_>], entries: &[Entry], chance: &mut Chance) ->
     let mut points = Vec::with_capacity(2 * entries.len() + 1);
     let mut base = Scalar::ZERO;
     // Entries are sorted by key, so that equal keys become one term.
-    let mut last_key: Option<&[u8; 32]> = None;
-    for entry in entries {
-        let item = &items[entry.at];
-        let challenge: [u8; 64] = Sha512::new()
-            .chain_update(&item.signature[..32])
-            .chain_update(item.key.as_bytes())
-            .chain_update(item.message)
-            .finalize()
-            .into();
-        let z = Scalar::from(chance.next_u128());
-        let zh = z * Scalar::from_bytes_mod_order_wide(&challenge);
-        base -= z * entry.s;
-        if last_key == Some(item.key.as_bytes()) {
-            // The key's term is the last but one: `R`s stand before it.
-            let key = scalars.len() - 1;
-            scalars[key] += zh;
-            scalars.insert(key, z);
-            points.insert(key, entry.r);
-        } else {
-            last_key = Some(item.key.as_bytes());
+    let key_of = |entry: &Entry| items[entry.at].key.as_bytes();
+    for of_one_key in entries.chunk_by(|a, b| key_of(a) == key_of(b)) {
+        let mut key_scalar = Scalar::ZERO;
+        for entry in of_one_key {
+            let item = &items[entry.at];
+            let challenge: [u8; 64] = Sha512::new()
+                .chain_update(&item.signature[..32])
+                .chain_update(item.key.as_bytes())
+                .chain_update(item.message)
+                .finalize()
+                .into();
+            let z = Scalar::from(chance.next_u128());
+            key_scalar += z * Scalar::from_bytes_mod_order_wide(&challenge);
+            base -= z * entry.s;
             scalars.push(z);
             points.push(entry.r);
-            scalars.push(zh);
-            points.push(entry.key);
         }
+        scalars.push(key_scalar);
+        points.push(of_one_key[0].key);
     }
     scalars.push(base);
     points.push(ED25519_BASEPOINT_POINT);

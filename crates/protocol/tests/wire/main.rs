@@ -1,0 +1,6 @@
+//! Events on the wire: canonical JSON, format, hashes and signatures.
+
+mod batch;
+mod canonical_json;
+mod common;
+mod events;
