@@ -8,6 +8,7 @@ pub mod auth_chain;
 pub mod build;
 pub mod canonical_json;
 pub mod dag;
+pub mod edu;
 pub mod event_set;
 pub mod format;
 pub mod hash;
