@@ -36,8 +36,8 @@ pub trait Machine {
     fn handle(&mut self, input: Input, now: Now);
     /// The next thing the machine wants done, oldest first.
     fn poll_effect(&mut self) -> Option<Effect>;
-    /// When [`Input::Woke`] is wanted at the latest.
-    fn deadline(&self) -> Option<Now>;
+    /// When [`Input::Woke`] is wanted at the latest, as [`Now::since_start`]. Waking early does no harm.
+    fn deadline(&self) -> Option<Duration>;
     /// The result, once. `Some` means the machine is done and wants no further input.
     fn poll_outcome(&mut self) -> Option<Self::Outcome>;
 }
@@ -251,8 +251,9 @@ pub enum Load {
     /// - the events in `also`,
     /// - for each event so far, what stands in each map at the keys that its auth rules may read,
     /// - the whole auth chains of all these,
-    /// - when the maps differ, also the auth chains of the events they agree on: what is in those is not in
-    ///   the auth difference.
+    ///
+    /// Those of the events that are in the auth chain of an entry on which all maps agree stand in the
+    /// set's `shared` as well: they are in no auth difference.
     ///
     /// `keys` of the set numbers the key of each of its state events and each key that their rules may
     /// read, as far as they have a number.

@@ -5,5 +5,19 @@
 //! arrives with every input. To read one, start at its `handle`: the table of states and inputs there *is*
 //! the machine.
 
+mod facts;
+mod outbox;
+mod sift;
+mod thinking;
+mod view;
+
+pub mod acl;
+pub mod candidates;
 pub mod effect;
+pub mod join;
+pub mod refusal;
+pub mod resident;
+pub mod restricted;
+pub mod send;
+pub mod template;
 pub mod write;
