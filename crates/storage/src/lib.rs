@@ -19,6 +19,7 @@ mod postgres;
 pub mod presence;
 pub mod profiles;
 pub mod push;
+pub mod queues;
 pub mod receipts;
 mod sequence;
 mod sqlite;
