@@ -293,30 +293,7 @@ impl Node {
         bytes: &[u8],
         child: &mut dyn FnMut(i64) -> Result<Arc<Node>, E>,
     ) -> Result<Self, E> {
-        if bytes.len() > NODE_BYTES_MAX {
-            return Err(BadNode("too long").into());
-        }
-        let Some((head, mut rest)) = bytes.split_first_chunk::<5>() else {
-            return Err(BadNode("too short").into());
-        };
-        let level = head[0];
-        let bitmap = u32::from_le_bytes([head[1], head[2], head[3], head[4]]);
-        if level > LEVEL_MAX {
-            return Err(BadNode("level out of range").into());
-        }
-        if bitmap == 0 || (level == LEVEL_MAX && bitmap >> TOP_SLOTS != 0) {
-            return Err(BadNode("slots out of range").into());
-        }
-        let mut numbers = Vec::with_capacity(bitmap.count_ones() as usize);
-        let mut last = 0i64;
-        for _ in 0..bitmap.count_ones() {
-            let distance = take_varint(&mut rest).ok_or(BadNode("number cut short"))?;
-            last = last.wrapping_add(unzigzag(distance));
-            numbers.push(last);
-        }
-        if !rest.is_empty() {
-            return Err(BadNode("bytes left over").into());
-        }
+        let (level, bitmap, numbers) = parse(bytes)?;
         let (slots, count) = if level == 0 {
             let values: Vec<_> = numbers.into_iter().map(EventNid).collect();
             let count = values.len();
@@ -341,6 +318,12 @@ impl Node {
             count,
             stored: AtomicI64::new(0),
         })
+    }
+
+    /// The numbers of the nodes below an encoded node, so that a store can read a level at a time.
+    pub fn child_ids(bytes: &[u8]) -> Result<Vec<i64>, BadNode> {
+        let (level, _, numbers) = parse(bytes)?;
+        Ok(if level == 0 { Vec::new() } else { numbers })
     }
 
     fn of_one(level: u8, key: KeyNid, event: EventNid) -> Self {
@@ -397,6 +380,35 @@ impl fmt::Debug for Node {
             .field("stored", &self.stored_id())
             .finish_non_exhaustive()
     }
+}
+
+/// Level, bitmap and numbers of an encoded node.
+fn parse(bytes: &[u8]) -> Result<(u8, u32, Vec<i64>), BadNode> {
+    if bytes.len() > NODE_BYTES_MAX {
+        return Err(BadNode("too long"));
+    }
+    let Some((head, mut rest)) = bytes.split_first_chunk::<5>() else {
+        return Err(BadNode("too short"));
+    };
+    let level = head[0];
+    let bitmap = u32::from_le_bytes([head[1], head[2], head[3], head[4]]);
+    if level > LEVEL_MAX {
+        return Err(BadNode("level out of range"));
+    }
+    if bitmap == 0 || (level == LEVEL_MAX && bitmap >> TOP_SLOTS != 0) {
+        return Err(BadNode("slots out of range"));
+    }
+    let mut numbers = Vec::with_capacity(bitmap.count_ones() as usize);
+    let mut last = 0i64;
+    for _ in 0..bitmap.count_ones() {
+        let distance = take_varint(&mut rest).ok_or(BadNode("number cut short"))?;
+        last = last.wrapping_add(unzigzag(distance));
+        numbers.push(last);
+    }
+    if !rest.is_empty() {
+        return Err(BadNode("bytes left over"));
+    }
+    Ok((level, bitmap, numbers))
 }
 
 /// The smallest level of a node that can hold the key.

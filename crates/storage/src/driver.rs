@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use crate::cache::Cached;
 use protocol::id::{EventId, RoomAlias, RoomId, ServerName, UserId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 
@@ -334,6 +335,9 @@ pub trait Conn {
 
     /// Runs one statement once for each row of parameters, with as few round trips as the engine can.
     fn execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64>;
+
+    /// What is kept in memory.
+    fn cached(&self) -> Cached;
 }
 
 impl dyn Conn + '_ {

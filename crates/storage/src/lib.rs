@@ -7,29 +7,38 @@
 
 pub mod account_data;
 pub mod accounts;
+pub mod apply;
 pub mod backup;
+mod cache;
 pub mod devices;
 pub mod directory;
 pub mod driver;
 pub mod e2ee;
 pub mod event_index;
+pub mod events;
+pub mod load;
 pub mod media;
 mod migrations;
+pub mod out_of_band;
 mod postgres;
 pub mod presence;
 pub mod profiles;
 pub mod push;
 pub mod queues;
 pub mod receipts;
+pub mod rooms;
 mod sequence;
 mod sqlite;
+pub mod states;
 pub mod streams;
 pub mod to_device;
 
 use std::sync::Arc;
 
+use protocol::id::ServerName;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+pub use crate::cache::{Body, CacheBytes, Cached, Caches};
 pub use crate::driver::{Conn, Error, Param, Result, Row, Value, texts};
 use crate::driver::{Engine, Job};
 pub use crate::sequence::Sequence;
@@ -43,6 +52,9 @@ pub struct Options {
     pub readers: usize,
     /// Connections that write. SQLite has always one.
     pub writers: usize,
+    /// Our own name: whose users are local, and who is never a destination.
+    pub server_name: ServerName,
+    pub cache: CacheBytes,
 }
 
 impl Default for Options {
@@ -50,6 +62,8 @@ impl Default for Options {
         Self {
             readers: 4,
             writers: 4,
+            server_name: ServerName::parse("localhost").expect("a valid name"),
+            cache: CacheBytes::default(),
         }
     }
 }
@@ -64,13 +78,19 @@ struct Inner {
     engine: Box<dyn Engine>,
     queue: Arc<Semaphore>,
     sequences: sequence::Sequences,
+    caches: Arc<Caches>,
+    server_name: ServerName,
 }
 
 impl Store {
     /// Opens (and brings up to date) `sqlite:PATH`, `sqlite::memory:` or `postgres://…`.
     pub async fn open(url: &str, options: Options) -> Result<Self> {
         let owned = url.to_owned();
-        let (engine, dialect) = tokio::task::spawn_blocking(move || open_engine(&owned, &options))
+        let caches = Arc::new(Caches::new(&options.cache));
+        let kept = Arc::clone(&caches);
+        let server_name = options.server_name.clone();
+        let opening = move || open_engine(&owned, &options, &caches);
+        let (engine, dialect) = tokio::task::spawn_blocking(opening)
             .await
             .map_err(Error::engine)??;
         let store = Self {
@@ -78,10 +98,17 @@ impl Store {
                 engine,
                 queue: Arc::new(Semaphore::new(QUEUE_MAX)),
                 sequences: sequence::Sequences::default(),
+                caches: kept,
+                server_name,
             }),
         };
         store.write(move |c| migrations::run(c, dialect)).await?;
         Ok(store)
+    }
+
+    /// Our own name.
+    pub fn server_name(&self) -> &ServerName {
+        &self.inner.server_name
     }
 
     /// Runs `f` on one snapshot. It may run again when a connection is lost.
@@ -130,14 +157,18 @@ impl Store {
 /// The dialect of the schema files' SQL.
 type Dialect = fn(&str) -> String;
 
-fn open_engine(url: &str, options: &Options) -> Result<(Box<dyn Engine>, Dialect)> {
+fn open_engine(
+    url: &str,
+    options: &Options,
+    caches: &Arc<Caches>,
+) -> Result<(Box<dyn Engine>, Dialect)> {
     if let Some(path) = url.strip_prefix("sqlite:") {
         let path = path.strip_prefix("//").unwrap_or(path);
-        let engine = sqlite::Sqlite::open(path, options.readers)?;
+        let engine = sqlite::Sqlite::open(path, options.readers, caches)?;
         return Ok((Box::new(engine), sqlite::schema_dialect));
     }
     if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-        let engine = postgres::Postgres::open(url, options.readers, options.writers)?;
+        let engine = postgres::Postgres::open(url, options.readers, options.writers, caches)?;
         return Ok((Box::new(engine), str::to_owned));
     }
     Err(Error::Refused(
@@ -164,7 +195,9 @@ where
     }
 
     fn finish(self: Box<Self>, outcome: Result<()>) {
-        let Self { value, reply, .. } = *self;
+        let Self { f, value, reply, .. } = *self;
+        // What the closure holds is free when the answer arrives.
+        drop(f);
         // Whoever asked may have gone away.
         let _gone = reply.send(outcome.and_then(|()| value.ok_or(Error::Closed)));
     }

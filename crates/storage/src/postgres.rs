@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::error::Error as _;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Config, NoTls, Statement};
 
+use crate::cache::{Cached, Caches};
 use crate::driver::{Conn, Engine, Error, Job, Param, Result, Row, Value, run_caught};
 
 /// Tries of one write beside others before it runs alone.
@@ -58,9 +60,18 @@ pub(crate) struct Postgres {
 }
 
 impl Postgres {
-    pub(crate) fn open(url: &str, readers: usize, writers: usize) -> Result<Self> {
+    pub(crate) fn open(
+        url: &str,
+        readers: usize,
+        writers: usize,
+        caches: &Arc<Caches>,
+    ) -> Result<Self> {
         let config: Config = url.parse().map_err(translate)?;
-        let mut first = Session::new(config.clone())?;
+        let cached = |fill| Cached {
+            caches: Arc::clone(caches),
+            fill,
+        };
+        let mut first = Session::new(config.clone(), cached(false))?;
         first.set_up()?;
         let (reads, read_queue) = unbounded();
         let (writes, write_queue) = unbounded();
@@ -69,7 +80,7 @@ impl Postgres {
         for _ in 0..writers.max(1) {
             let session = match first.take() {
                 Some(session) => session,
-                None => Session::new(config.clone())?,
+                None => Session::new(config.clone(), cached(false))?,
             };
             threads.push(spawn(
                 "postgres-writer",
@@ -79,7 +90,7 @@ impl Postgres {
             )?);
         }
         for _ in 0..readers.max(1) {
-            let session = Session::new(config.clone())?;
+            let session = Session::new(config.clone(), cached(true))?;
             threads.push(spawn(
                 "postgres-reader",
                 session,
@@ -149,19 +160,21 @@ fn spawn(
 /// One worker's connection, made again when it is lost.
 struct Session {
     config: Config,
+    cached: Cached,
     runtime: Runtime,
     client: Option<Client>,
     statements: HashMap<Box<str>, Statement>,
 }
 
 impl Session {
-    fn new(config: Config) -> Result<Self> {
+    fn new(config: Config, cached: Cached) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(Error::engine)?;
         Ok(Self {
             config,
+            cached,
             runtime,
             client: None,
             statements: HashMap::new(),
@@ -320,6 +333,10 @@ impl Conn for PostgresConn<'_> {
         let outcome = self.run_execute_many(sql, rows);
         self.failed |= outcome.is_err();
         outcome
+    }
+
+    fn cached(&self) -> Cached {
+        self.session.cached.clone()
     }
 }
 

@@ -17,6 +17,8 @@ pub enum Sequence {
     Events,
     Rooms,
     Jobs,
+    StateNodes,
+    StagedPdus,
     /// For whoever needs a number that is different from all others of this store.
     Other,
 }
@@ -27,6 +29,8 @@ impl Sequence {
             Self::Events => "events",
             Self::Rooms => "rooms",
             Self::Jobs => "jobs",
+            Self::StateNodes => "state_nodes",
+            Self::StagedPdus => "staged_pdus",
             Self::Other => "other",
         }
     }
@@ -41,7 +45,7 @@ const RESERVE: &str = "INSERT INTO sequences (name, last) VALUES ($1, $2)
     ON CONFLICT (name) DO UPDATE SET last = sequences.last + excluded.last
     RETURNING last";
 
-fn reserve(c: &mut dyn Conn, sequence: Sequence, count: i64) -> Result<Range<i64>> {
+pub(crate) fn reserve(c: &mut dyn Conn, sequence: Sequence, count: i64) -> Result<Range<i64>> {
     let last = c.query_one(RESERVE, &[&sequence.as_str(), &count], |row| row.int(0))?;
     Ok(last - count + 1..last + 1)
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use rusqlite::types::{ToSqlOutput, Value as Owned, ValueRef};
 use rusqlite::vtab::array::{Array, load_module};
 use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql};
 
+use crate::cache::{Cached, Caches};
 use crate::driver::{Conn, Engine, Error, Job, Param, Result, Row, Value, run_caught};
 
 /// How many writes share one commit at most: enough to hide the fsync, few enough that the first one does
@@ -30,20 +32,29 @@ pub(crate) struct Sqlite {
 
 impl Sqlite {
     /// `path` is a file, or `:memory:` for a database that lives on the writer's connection alone.
-    pub(crate) fn open(path: &str, readers: usize) -> Result<Self> {
+    pub(crate) fn open(path: &str, readers: usize, caches: &Arc<Caches>) -> Result<Self> {
         let in_memory = path == ":memory:";
         let writer = connect(path, true)?;
         let (writes, write_queue) = unbounded();
         let (reads, read_queue) = unbounded::<Box<dyn Job>>();
+        // In memory all reads run on the writer's connection, so that one fills the caches.
+        let cached = Cached {
+            caches: Arc::clone(caches),
+            fill: in_memory,
+        };
         let mut threads = vec![spawn("sqlite-writer", move || {
-            write_loop(&writer, &write_queue);
+            write_loop(&writer, &write_queue, &cached);
         })?];
         if !in_memory {
             for _ in 0..readers.max(1) {
                 let connection = connect(path, false)?;
                 let queue = read_queue.clone();
+                let cached = Cached {
+                    caches: Arc::clone(caches),
+                    fill: true,
+                };
                 threads.push(spawn("sqlite-reader", move || {
-                    read_loop(&connection, &queue);
+                    read_loop(&connection, &queue, &cached);
                 })?);
             }
         }
@@ -123,13 +134,13 @@ fn connect(path: &str, writer: bool) -> Result<Connection> {
     Ok(connection)
 }
 
-fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>) {
+fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &Cached) {
     while let Ok(mut job) = queue.recv() {
         let outcome = connection
             .execute_batch("BEGIN DEFERRED")
             .map_err(translate)
             .and_then(|()| {
-                let outcome = run_caught(job.as_mut(), &mut SqliteConn { connection });
+                let outcome = run_caught(job.as_mut(), &mut SqliteConn { connection, cached });
                 let ended = connection.execute_batch("ROLLBACK").map_err(translate);
                 outcome.and(ended)
             });
@@ -137,14 +148,19 @@ fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>) {
     }
 }
 
-fn write_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>) {
+fn write_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &Cached) {
     while let Ok(first) = queue.recv() {
-        write_group(connection, first, queue);
+        write_group(connection, first, queue, cached);
     }
 }
 
 /// Runs what is queued, each job in a savepoint of its own, and replies after the one commit.
-fn write_group(connection: &Connection, first: Box<dyn Job>, queue: &Receiver<Box<dyn Job>>) {
+fn write_group(
+    connection: &Connection,
+    first: Box<dyn Job>,
+    queue: &Receiver<Box<dyn Job>>,
+    cached: &Cached,
+) {
     if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
         first.finish(Err(translate(error)));
         return;
@@ -152,7 +168,7 @@ fn write_group(connection: &Connection, first: Box<dyn Job>, queue: &Receiver<Bo
     let mut done: Vec<(Box<dyn Job>, Result<()>)> = Vec::new();
     let mut next = Some(first);
     while let Some(mut job) = next {
-        let outcome = run_in_savepoint(connection, job.as_mut());
+        let outcome = run_in_savepoint(connection, job.as_mut(), cached);
         done.push((job, outcome));
         next = if done.len() < GROUP_MAX {
             queue.try_recv().ok()
@@ -173,7 +189,7 @@ fn write_group(connection: &Connection, first: Box<dyn Job>, queue: &Receiver<Bo
     }
 }
 
-fn run_in_savepoint(connection: &Connection, job: &mut dyn Job) -> Result<()> {
+fn run_in_savepoint(connection: &Connection, job: &mut dyn Job, cached: &Cached) -> Result<()> {
     if connection.is_autocommit() {
         // A full disk and its like roll the whole transaction back, not the statement.
         return Err(Error::engine(
@@ -183,7 +199,7 @@ fn run_in_savepoint(connection: &Connection, job: &mut dyn Job) -> Result<()> {
     connection
         .execute_batch("SAVEPOINT job")
         .map_err(translate)?;
-    let outcome = run_caught(job, &mut SqliteConn { connection });
+    let outcome = run_caught(job, &mut SqliteConn { connection, cached });
     let end = if outcome.is_ok() {
         "RELEASE job"
     } else {
@@ -195,6 +211,7 @@ fn run_in_savepoint(connection: &Connection, job: &mut dyn Job) -> Result<()> {
 
 struct SqliteConn<'c> {
     connection: &'c Connection,
+    cached: &'c Cached,
 }
 
 impl Conn for SqliteConn<'_> {
@@ -227,6 +244,10 @@ impl Conn for SqliteConn<'_> {
             changed += run_bound(&mut statement)?;
         }
         Ok(changed)
+    }
+
+    fn cached(&self) -> Cached {
+        self.cached.clone()
     }
 }
 

@@ -22,10 +22,12 @@ pub enum Stream {
     /// Whose devices changed, ours and others'.
     DeviceLists,
     Presence,
+    /// What is to be sent to other servers.
+    Outbox,
 }
 
 impl Stream {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Events,
         Self::Backfilled,
         Self::Memberships,
@@ -35,6 +37,7 @@ impl Stream {
         Self::ToDevice,
         Self::DeviceLists,
         Self::Presence,
+        Self::Outbox,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -48,6 +51,7 @@ impl Stream {
             Self::ToDevice => "to_device",
             Self::DeviceLists => "device_lists",
             Self::Presence => "presence",
+            Self::Outbox => "outbox",
         }
     }
 }

@@ -1,0 +1,956 @@
+//! A WriteSet, row by row, in one transaction.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use protocol::id::{EventId, ServerName, UserId};
+use protocol::nid::{EventNid, KeyNid, RoomNid};
+use protocol::pdu::Pdu;
+use protocol::state::StateMap;
+use room::effect::{PartialMarker, Place, Stale};
+use room::write::{
+    EventState, FanOut, IntentChange, NewEvent, PartialChange, Rejudged, Verdict, WriteSet,
+};
+
+use crate::cache::{Body, Caches};
+use crate::driver::{Conn, Error, Result};
+use crate::events::{self, Standing, Status};
+use crate::rooms::{self, RoomRow};
+use crate::states::{self, Unstored};
+use crate::streams::{self, Stream};
+use crate::{Sequence, Store, devices, event_index, load, out_of_band, row};
+
+/// Members whose events are looked at in one go.
+const MEMBERS_BATCH: usize = 2000;
+
+/// What a commit changed, for whoever wakes others.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Applied {
+    pub room: Option<RoomNid>,
+    pub revision: u64,
+    /// Events that got a place, with their position in the events stream (below 0: backfilled).
+    pub events: Vec<(EventNid, i64)>,
+    /// Where in the events stream the current state changed.
+    pub state_position: Option<i64>,
+    /// Changes of memberships in the current state, of local and remote users.
+    pub memberships: Vec<MembershipChange>,
+    /// Our users' out-of-band memberships, with their positions in the memberships stream.
+    pub out_of_band: Vec<(UserId, i64)>,
+    /// The room's position in that stream.
+    pub became_full: Option<i64>,
+    /// Servers that have something new to be sent.
+    pub destinations: Vec<ServerName>,
+    /// The last position of the device-list stream, when users came into it (P-54).
+    pub device_lists: Option<i64>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct MembershipChange {
+    pub user: UserId,
+    pub local: bool,
+    pub before: Option<Arc<str>>,
+    pub after: Option<Arc<str>>,
+    pub event: Option<EventNid>,
+    /// The user was a member before we saw the room, and this is when we learn of it.
+    pub revealed: bool,
+}
+
+/// Applies a write set: all of it, durably, or nothing.
+pub async fn apply(store: &Store, writes: WriteSet) -> Result<Result<Applied, Stale>> {
+    let plan = Arc::new(Plan::make(store, writes).await?);
+    let working = Arc::clone(&plan);
+    match store.write(move |c| working.carry_out(c)).await {
+        Ok(applied) => {
+            plan.committed(&store.inner.caches, &applied);
+            Ok(Ok(applied))
+        }
+        Err(Error::Stale) => Ok(Err(Stale)),
+        Err(other) => Err(other),
+    }
+}
+
+/// All that can be prepared before the transaction, which others wait for.
+struct Plan {
+    writes: WriteSet,
+    own: ServerName,
+    nodes: Unstored,
+    /// Ids that the events refer to and that had no number when this was made.
+    new_ids: BTreeSet<EventId>,
+    /// The number of the first of these.
+    first_id: i64,
+    /// The root of the current state that the members below were made from.
+    members_from: Option<i64>,
+    members: Vec<Member>,
+}
+
+/// A change of one user's membership in the current state.
+#[derive(Clone, Debug)]
+struct Member {
+    user: UserId,
+    before: Option<Arc<str>>,
+    after: Option<(Arc<str>, EventNid)>,
+}
+
+impl Plan {
+    async fn make(store: &Store, writes: WriteSet) -> Result<Self> {
+        let mut nodes = Unstored::default();
+        for state in states_of(&writes) {
+            nodes.add(state);
+        }
+        if nodes.len() > 0 {
+            nodes.number_from(
+                store
+                    .numbers(Sequence::StateNodes, nodes.len())
+                    .await?
+                    .start,
+            );
+        }
+        let mut plan = Self {
+            own: store.server_name().clone(),
+            nodes,
+            new_ids: BTreeSet::new(),
+            first_id: 0,
+            members_from: None,
+            members: Vec::new(),
+            writes,
+        };
+        let referred = plan.referred();
+        if !referred.is_empty() || plan.writes.current_state.is_some() {
+            let asking = Arc::new(plan);
+            let asked = Arc::clone(&asking);
+            let (new_ids, members_from, members) = store
+                .read(move |c| {
+                    let known = events::nids(c, &referred)?;
+                    let new = referred.iter().filter(|id| !known.contains_key(*id));
+                    let new_ids: BTreeSet<EventId> = new.cloned().collect();
+                    let (from, members) = asked.read_members(c)?;
+                    Ok((new_ids, from, members))
+                })
+                .await?;
+            plan = Arc::into_inner(asking).ok_or(Error::Closed)?;
+            plan.first_id = store.numbers(Sequence::Events, new_ids.len()).await?.start;
+            plan.new_ids = new_ids;
+            plan.members_from = members_from;
+            plan.members = members;
+        }
+        Ok(plan)
+    }
+
+    /// The ids that the events refer to and that are not known from the events themselves.
+    fn referred(&self) -> Vec<EventId> {
+        let own: BTreeSet<&EventId> = self.writes.events.iter().map(|e| &e.pdu.event_id).collect();
+        let mut referred = BTreeSet::new();
+        for event in &self.writes.events {
+            referred.extend(&event.pdu.auth_events);
+            if event.place != Place::Outlier {
+                referred.extend(&event.pdu.prev_events);
+            }
+        }
+        referred.difference(&own).map(|id| (*id).clone()).collect()
+    }
+
+    // -- Memberships ------------------------------------------------------------------------------
+
+    /// The changes of membership from what is the current state on this snapshot.
+    fn read_members(&self, c: &mut dyn Conn) -> Result<(Option<i64>, Vec<Member>)> {
+        let Some(new) = &self.writes.current_state else {
+            return Ok((None, Vec::new()));
+        };
+        let row = rooms::by_id(c, &self.writes.room)?;
+        let Some(row) = row else {
+            // Its keys have numbers, so the room has one; else no key is a member's.
+            return Ok((None, Vec::new()));
+        };
+        let old = states::map(c, row.state_root)?;
+        let changes = old.diff(new);
+        let keys: Vec<KeyNid> = changes.iter().map(|(key, _, _)| *key).collect();
+        let here: HashMap<EventNid, &Arc<Pdu>> =
+            self.writes.events.iter().map(|e| (e.nid, &e.pdu)).collect();
+        let mut members = Vec::new();
+        for (keys, changes) in keys
+            .chunks(MEMBERS_BATCH)
+            .zip(changes.chunks(MEMBERS_BATCH))
+        {
+            let names = states::key_names(c, row.nid, keys)?;
+            let wanted: Vec<(UserId, Option<EventNid>)> = changes
+                .iter()
+                .filter_map(|(key, _, after)| {
+                    let (kind, state_key) = names.get(key)?;
+                    let user = UserId::parse(state_key).ok()?;
+                    (&**kind == "m.room.member").then_some((user, *after))
+                })
+                .collect();
+            let stored: Vec<EventNid> = wanted
+                .iter()
+                .filter_map(|(_, after)| after.filter(|nid| !here.contains_key(nid)))
+                .collect();
+            let bodies = events::pdus(c, &stored)?;
+            let users: Vec<UserId> = wanted.iter().map(|(user, _)| user.clone()).collect();
+            let before = memberships_of(c, row.nid, &users)?;
+            for (user, after) in wanted {
+                let after = match after {
+                    None => None,
+                    Some(nid) => {
+                        let pdu = here
+                            .get(&nid)
+                            .copied()
+                            .or_else(|| bodies.get(&nid))
+                            .ok_or_else(|| Error::Corrupt(format!("event {} is gone", nid.0)))?;
+                        Some((pdu.membership().unwrap_or("leave").into(), nid))
+                    }
+                };
+                members.push(Member {
+                    before: before.get(&user).cloned(),
+                    user,
+                    after,
+                });
+            }
+        }
+        Ok((Some(row.state_root), members))
+    }
+
+    // -- The transaction --------------------------------------------------------------------------
+
+    fn carry_out(&self, c: &mut dyn Conn) -> Result<Applied> {
+        let writes = &self.writes;
+        load::room_row(c, &writes.room, writes.version)?;
+        let row = rooms::by_id(c, &writes.room)?
+            .ok_or_else(|| Error::corrupt("a room just made is not there"))?;
+        if writes
+            .expect
+            .is_some_and(|expected| expected != row.revision)
+        {
+            return Err(Error::Stale);
+        }
+        let mut applied = Applied {
+            room: Some(row.nid),
+            ..Applied::default()
+        };
+        self.nodes.write(c)?;
+        load::give_event_numbers(c, &self.new_ids, self.first_id)?;
+        let mut placed_depth = self.store_events(c, &row, &mut applied)?;
+        self.rejudge(c, &row)?;
+        if let Some(extremities) = &writes.forward_extremities {
+            c.execute(DROP_EXTREMITIES, &[&row.nid])?;
+            let rows: Vec<_> = extremities.iter().map(|e| row![row.nid, e.nid]).collect();
+            if !rows.is_empty() {
+                c.execute_many(INSERT_EXTREMITY, &rows)?;
+            }
+        }
+        let marked_before = rooms::partial_marker(c, row.nid)?;
+        if let PartialChange::Mark(marker) = &writes.partial
+            && marked_before.is_none()
+        {
+            mark(c, row.nid, marker)?;
+        }
+        if let Some(state) = &writes.current_state {
+            self.publish(c, &row, state, &mut applied)?;
+        }
+        if let Some(intent) = &writes.intent {
+            change_intent(c, row.nid, intent)?;
+        }
+        match &writes.partial {
+            PartialChange::Keep | PartialChange::Mark(_) => {}
+            PartialChange::Clear => clear(c, row.nid, marked_before, &mut applied)?,
+            PartialChange::Free => free(c, row.nid)?,
+        }
+        for new in &writes.out_of_band {
+            let position = out_of_band::put(c, row.nid, new)?;
+            applied.out_of_band.push((new.user.clone(), position));
+        }
+        if !writes.staged_done.is_empty() {
+            c.execute(UNSTAGE, &[&writes.staged_done])?;
+        }
+        let guarded = writes.forward_extremities.is_some()
+            || writes.current_state.is_some()
+            || writes.partial != PartialChange::Keep;
+        if let (Some(known), Some(new)) = (row.min_depth, placed_depth) {
+            placed_depth = Some(known.min(new));
+        }
+        applied.revision = row.revision + u64::from(guarded);
+        if guarded || placed_depth.is_some() {
+            let revision = i64::try_from(applied.revision).expect("a count of commits");
+            let root = writes.current_state.as_ref().map(|s| self.nodes.root(s));
+            c.execute(
+                UPDATE_ROOM,
+                &[
+                    &row.nid,
+                    &revision,
+                    &root.unwrap_or(row.state_root),
+                    &placed_depth.or(row.min_depth),
+                ],
+            )?;
+        }
+        Ok(applied)
+    }
+
+    /// Stores events and gives places; the smallest depth that got one.
+    fn store_events(
+        &self,
+        c: &mut dyn Conn,
+        row: &RoomRow,
+        applied: &mut Applied,
+    ) -> Result<Option<i64>> {
+        if self.writes.events.is_empty() {
+            return Ok(None);
+        }
+        let numbers = self.numbers(c)?;
+        let (stored, upgraded) = self.sort_out(c, row.nid)?;
+        let placed: Vec<&NewEvent> = stored
+            .iter()
+            .chain(&upgraded)
+            .copied()
+            .filter(|event| event.place != Place::Outlier)
+            .collect();
+        // In the order of the write set, which is that of the DAG.
+        let order: HashMap<EventNid, usize> = self
+            .writes
+            .events
+            .iter()
+            .enumerate()
+            .map(|(place, event)| (event.nid, place))
+            .collect();
+        let mut placed = placed;
+        placed.sort_by_key(|event| order[&event.nid]);
+        let positions = give_positions(c, &placed)?;
+        self.insert(c, row.nid, &stored, &numbers, &positions)?;
+        self.upgrade(c, &upgraded, &numbers, &positions)?;
+        link(c, row.nid, &placed, &numbers)?;
+        let shown: Vec<(EventNid, &Pdu)> = placed
+            .iter()
+            .filter(|event| event.verdict == Verdict::Accepted)
+            .map(|event| (event.nid, &*event.pdu))
+            .collect();
+        event_index::add(c, row.nid, &shown)?;
+        self.fan_out(c, &placed, applied)?;
+        for event in &placed {
+            if let Some(done) = &event.transaction {
+                c.execute(
+                    INSERT_TRANSACTION,
+                    &[&done.user, &done.device, &row.nid, &done.txn_id, &event.nid],
+                )?;
+            }
+        }
+        applied.events = placed
+            .iter()
+            .map(|event| (event.nid, positions[&event.nid]))
+            .collect();
+        Ok(placed.iter().map(|event| event.pdu.depth).min())
+    }
+
+    /// The number of every id that the events refer to.
+    fn numbers(&self, c: &mut dyn Conn) -> Result<HashMap<EventId, EventNid>> {
+        let mut numbers = events::nids(c, &self.referred())?;
+        for event in &self.writes.events {
+            numbers.insert(event.pdu.event_id.clone(), event.nid);
+        }
+        Ok(numbers)
+    }
+
+    /// The events to be inserted, and the outliers to be given a place. Others are stored as they should be.
+    fn sort_out(
+        &self,
+        c: &mut dyn Conn,
+        room: RoomNid,
+    ) -> Result<(Vec<&NewEvent>, Vec<&NewEvent>)> {
+        let nids: Vec<EventNid> = self.writes.events.iter().map(|event| event.nid).collect();
+        let known = events::statuses(c, &nids)?;
+        let (mut stored, mut upgraded) = (Vec::new(), Vec::new());
+        let mut seen = BTreeSet::new();
+        for event in &self.writes.events {
+            if !seen.insert(event.nid) {
+                continue;
+            }
+            match known.get(&event.nid) {
+                None => stored.push(event),
+                Some(Status { room: other, .. }) if *other != room => {
+                    tracing::warn!(event_id = %event.pdu.event_id, "an event id is in use in two rooms");
+                }
+                Some(status) if status.place == Place::Outlier && event.place != Place::Outlier => {
+                    upgraded.push(event);
+                }
+                Some(_) => {}
+            }
+        }
+        Ok((stored, upgraded))
+    }
+
+    fn insert(
+        &self,
+        c: &mut dyn Conn,
+        room: RoomNid,
+        new: &[&NewEvent],
+        numbers: &HashMap<EventId, EventNid>,
+        positions: &HashMap<EventNid, i64>,
+    ) -> Result<()> {
+        if new.is_empty() {
+            return Ok(());
+        }
+        let packed: Vec<(Vec<u8>, Option<Vec<u8>>)> = new
+            .iter()
+            .map(|event| {
+                let auth = pack_ids(&event.pdu.auth_events, numbers)?;
+                let prevs = match event.place {
+                    Place::Outlier => None,
+                    _ => Some(pack_ids(&event.pdu.prev_events, numbers)?),
+                };
+                Ok((auth, prevs))
+            })
+            .collect::<Result<_>>()?;
+        let rows: Vec<_> = new
+            .iter()
+            .zip(&packed)
+            .map(|(event, (auth, prevs))| {
+                let pdu = &event.pdu;
+                let (before, after, partial) = self.roots(event.state.as_ref());
+                row![
+                    event.nid,
+                    room,
+                    event.key,
+                    events::place_code(event.place),
+                    verdict_code(&event.verdict),
+                    partial,
+                    positions.get(&event.nid).copied(),
+                    pdu.depth,
+                    pdu.origin_server_ts,
+                    before,
+                    after,
+                    prevs.as_ref(),
+                    auth,
+                    pdu.redacted,
+                    &pdu.kind,
+                    pdu.state_key.as_ref(),
+                    &pdu.sender,
+                    reason(&event.verdict),
+                    &pdu.json,
+                ]
+            })
+            .collect();
+        c.execute_many(INSERT_EVENT, &rows).map(drop)
+    }
+
+    fn upgrade(
+        &self,
+        c: &mut dyn Conn,
+        upgraded: &[&NewEvent],
+        numbers: &HashMap<EventId, EventNid>,
+        positions: &HashMap<EventNid, i64>,
+    ) -> Result<()> {
+        for event in upgraded {
+            let (before, after, partial) = self.roots(event.state.as_ref());
+            c.execute(
+                UPGRADE_EVENT,
+                &[
+                    &event.nid,
+                    &events::place_code(event.place),
+                    &verdict_code(&event.verdict),
+                    &partial,
+                    &positions.get(&event.nid).copied(),
+                    &before,
+                    &after,
+                    &pack_ids(&event.pdu.prev_events, numbers)?,
+                    &reason(&event.verdict),
+                    &event.key,
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    fn roots(&self, state: Option<&EventState>) -> (Option<i64>, Option<i64>, bool) {
+        match state {
+            None => (None, None, false),
+            Some(state) => (
+                Some(self.nodes.root(&state.before)),
+                Some(self.nodes.root(&state.after)),
+                state.partial,
+            ),
+        }
+    }
+
+    fn fan_out(&self, c: &mut dyn Conn, placed: &[&NewEvent], applied: &mut Applied) -> Result<()> {
+        let mut due: Vec<(&ServerName, EventNid)> = Vec::new();
+        for event in placed {
+            if let FanOut::Servers(servers) = &event.fan_out {
+                let others = servers.iter().filter(|server| **server != self.own);
+                due.extend(others.map(|server| (server, event.nid)));
+            }
+        }
+        if due.is_empty() {
+            return Ok(());
+        }
+        let count = i64::try_from(due.len()).expect("a count of things in memory");
+        let first = streams::advance(c, Stream::Outbox, count)?;
+        let rows: Vec<_> = (first..)
+            .zip(&due)
+            .map(|(number, (server, nid))| row![*server, number, *nid])
+            .collect();
+        c.execute_many(INSERT_OUTBOX, &rows)?;
+        let servers: BTreeSet<&ServerName> = due.iter().map(|(server, _)| *server).collect();
+        applied.destinations = servers.into_iter().cloned().collect();
+        Ok(())
+    }
+
+    /// S-9: new state and verdict, mark removed; S-13 and S-14 for what follows from a verdict.
+    fn rejudge(&self, c: &mut dyn Conn, row: &RoomRow) -> Result<()> {
+        let again = &self.writes.rejudged;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let nids: Vec<EventNid> = again.iter().map(|event| event.nid).collect();
+        let before = events::statuses(c, &nids)?;
+        let placed = |event: &&Rejudged| {
+            before
+                .get(&event.nid)
+                .is_some_and(|status| status.room == row.nid && status.place != Place::Outlier)
+        };
+        let judged: Vec<&Rejudged> = again.iter().filter(placed).collect();
+        let rows: Vec<_> = judged
+            .iter()
+            .map(|event| {
+                let (root_before, root_after, partial) = self.roots(Some(&event.state));
+                row![
+                    event.nid,
+                    verdict_code(&event.verdict),
+                    reason(&event.verdict),
+                    partial,
+                    root_before,
+                    root_after
+                ]
+            })
+            .collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        c.execute_many(REJUDGE_EVENT, &rows)?;
+        let was_accepted = |event: &Rejudged| before[&event.nid].standing == Standing::Accepted;
+        let now_accepted = |event: &Rejudged| event.verdict == Verdict::Accepted;
+        let raised: Vec<EventNid> = judged
+            .iter()
+            .filter(|event| now_accepted(event) && !was_accepted(event))
+            .map(|event| event.nid)
+            .collect();
+        let fallen: Vec<EventNid> = judged
+            .iter()
+            .filter(|event| !now_accepted(event) && was_accepted(event))
+            .map(|event| event.nid)
+            .collect();
+        let pdus = events::pdus(c, &raised)?;
+        let shown: Vec<(EventNid, &Pdu)> = pdus.iter().map(|(nid, pdu)| (*nid, &**pdu)).collect();
+        event_index::add(c, row.nid, &shown)?;
+        event_index::remove(c, &fallen)
+    }
+
+    // -- The current state ------------------------------------------------------------------------
+
+    fn publish(
+        &self,
+        c: &mut dyn Conn,
+        row: &RoomRow,
+        state: &StateMap,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        let root = self.nodes.root(state);
+        let again;
+        let members = if self.members_from == Some(row.state_root) {
+            &self.members
+        } else {
+            again = self.read_members(c)?.1;
+            &again
+        };
+        let newest = applied.events.iter().map(|(_, position)| *position).max();
+        let newest = newest.filter(|position| *position > 0);
+        let changed = root != row.state_root && states::map(c, row.state_root)? != *state;
+        let position = match newest {
+            Some(position) => position,
+            None if changed => streams::next(c, Stream::Events)?,
+            None => return Ok(()),
+        };
+        if changed {
+            c.execute(INSERT_ROOM_STATE, &[&row.nid, &position, &root])?;
+            applied.state_position = Some(position);
+        }
+        self.publish_members(c, row.nid, members, position, applied)
+    }
+
+    fn publish_members(
+        &self,
+        c: &mut dyn Conn,
+        room: RoomNid,
+        members: &[Member],
+        position: i64,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        let nids: Vec<EventNid> = members
+            .iter()
+            .filter_map(|member| member.after.as_ref().map(|(_, nid)| *nid))
+            .collect();
+        let statuses = events::statuses(c, &nids)?;
+        let here: HashMap<EventNid, i64> = applied.events.iter().copied().collect();
+        let mut hosts: BTreeMap<&str, i64> = BTreeMap::new();
+        let (mut upserts, mut gone) = (Vec::new(), Vec::new());
+        for member in members {
+            let local = member.user.server_str() == self.own.as_str();
+            let joined = |membership: Option<&str>| i64::from(membership == Some("join"));
+            let before = member.before.as_deref();
+            let after = member.after.as_ref().map(|(membership, _)| &**membership);
+            let count = joined(after) - joined(before);
+            if count != 0 {
+                *hosts.entry(member.user.server_str()).or_default() += count;
+            }
+            let mut revealed = false;
+            match &member.after {
+                None => gone.push(row![room, &member.user]),
+                Some((membership, nid)) => {
+                    let at = here.get(nid).copied().filter(|at| *at > 0);
+                    let timeline = statuses
+                        .get(nid)
+                        .is_some_and(|status| status.place == Place::Timeline);
+                    revealed = at.is_none() && !timeline && before.is_none();
+                    let at = at.unwrap_or(if revealed { 0 } else { position });
+                    upserts.push(row![room, &member.user, membership, *nid, at, local]);
+                }
+            }
+            if local {
+                out_of_band::remove(c, room, &member.user)?;
+            }
+            applied.memberships.push(MembershipChange {
+                user: member.user.clone(),
+                local,
+                before: member.before.clone(),
+                after: member.after.as_ref().map(|(m, _)| Arc::clone(m)),
+                event: member.after.as_ref().map(|(_, nid)| *nid),
+                revealed,
+            });
+        }
+        if !upserts.is_empty() {
+            c.execute_many(UPSERT_MEMBERSHIP, &upserts)?;
+        }
+        if !gone.is_empty() {
+            c.execute_many(DELETE_MEMBERSHIP, &gone)?;
+        }
+        let rows: Vec<_> = hosts
+            .iter()
+            .map(|(server, n)| row![room, *server, *n])
+            .collect();
+        if !rows.is_empty() {
+            c.execute_many(ADD_HOST, &rows)?;
+            c.execute(DROP_HOSTS, &[&room])?;
+        }
+        Ok(())
+    }
+
+    // -- Afterwards -------------------------------------------------------------------------------
+
+    /// The transaction is on disk: what it wrote may be kept in memory.
+    fn committed(&self, caches: &Caches, applied: &Applied) {
+        self.nodes.committed(caches);
+        let Some(room) = applied.room else { return };
+        for event in &self.writes.events {
+            let auth: Option<Vec<EventNid>> = event
+                .pdu
+                .auth_events
+                .iter()
+                .map(|id| caches.ids.get(id))
+                .collect();
+            caches.ids.insert(event.pdu.event_id.clone(), event.nid);
+            // An event stored before, or in another room, may differ.
+            let placed = applied.events.iter().any(|(nid, _)| *nid == event.nid);
+            if let (Some(auth), true) = (auth, placed) {
+                let body = Body {
+                    room,
+                    key: event.key,
+                    auth: auth.into(),
+                    pdu: Arc::clone(&event.pdu),
+                };
+                caches.bodies.insert(event.nid, body);
+            }
+        }
+    }
+}
+
+/// Every state of a write set.
+fn states_of(writes: &WriteSet) -> impl Iterator<Item = &StateMap> {
+    let new = writes
+        .events
+        .iter()
+        .filter_map(|event| event.state.as_ref());
+    let again = writes.rejudged.iter().map(|event| &event.state);
+    new.chain(again)
+        .flat_map(|state| [&state.before, &state.after])
+        .chain(&writes.current_state)
+}
+
+fn verdict_code(verdict: &Verdict) -> i64 {
+    match verdict {
+        Verdict::Accepted => 0,
+        Verdict::Rejected(_) => 1,
+        Verdict::SoftFailed(_) => 2,
+    }
+}
+
+fn reason(verdict: &Verdict) -> Option<&str> {
+    match verdict {
+        Verdict::Accepted => None,
+        Verdict::Rejected(reason) | Verdict::SoftFailed(reason) => Some(reason),
+    }
+}
+
+fn pack_ids(ids: &[EventId], numbers: &HashMap<EventId, EventNid>) -> Result<Vec<u8>> {
+    let nids: Vec<EventNid> = ids
+        .iter()
+        .map(|id| {
+            let number = numbers.get(id).copied();
+            // Taken away between the plan and this transaction: there is another run for that.
+            number.ok_or_else(|| Error::Conflict(format!("{id} lost its number")))
+        })
+        .collect::<Result<_>>()?;
+    Ok(events::pack(&nids))
+}
+
+const INSERT_EVENT: &str = "INSERT INTO events (nid, room_nid, key_nid, place, verdict, partial, position,
+    depth, origin_ts, before_root, after_root, prevs, auth, redacted, kind, state_key, sender, reason, json)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)";
+const UPGRADE_EVENT: &str =
+    "UPDATE events SET place = $2, verdict = $3, partial = $4, position = $5,
+    before_root = $6, after_root = $7, prevs = $8, reason = $9, key_nid = $10 WHERE nid = $1";
+const REJUDGE_EVENT: &str = "UPDATE events SET verdict = $2, reason = $3, partial = $4,
+    before_root = $5, after_root = $6 WHERE nid = $1";
+const DROP_EXTREMITIES: &str = "DELETE FROM forward_extremities WHERE room_nid = $1";
+const INSERT_EXTREMITY: &str =
+    "INSERT INTO forward_extremities (room_nid, event_nid) VALUES ($1, $2)
+    ON CONFLICT (room_nid, event_nid) DO NOTHING";
+const UPDATE_ROOM: &str =
+    "UPDATE rooms SET revision = $2, state_root = $3, min_depth = $4 WHERE nid = $1";
+const INSERT_TRANSACTION: &str = "INSERT INTO client_transactions
+    (user_id, device, room_nid, txn_id, event_nid) VALUES ($1, $2, $3, $4, $5)
+    ON CONFLICT (user_id, device, room_nid, txn_id) DO NOTHING";
+const INSERT_OUTBOX: &str =
+    "INSERT INTO outbox (server, number, event_nid, edu) VALUES ($1, $2, $3, NULL)";
+const UNSTAGE: &str = "DELETE FROM staged_pdus WHERE number IN (SELECT value FROM rarray($1))";
+
+/// Positions for events that get a place, in order: the timeline's rise; of backfilled ones, the oldest
+/// gets the lowest.
+fn give_positions(c: &mut dyn Conn, placed: &[&NewEvent]) -> Result<HashMap<EventNid, i64>> {
+    let mut positions = HashMap::new();
+    for (place, stream) in [
+        (Place::Timeline, Stream::Events),
+        (Place::Backfilled, Stream::Backfilled),
+    ] {
+        let here: Vec<EventNid> = placed
+            .iter()
+            .filter(|event| event.place == place)
+            .map(|event| event.nid)
+            .collect();
+        if here.is_empty() {
+            continue;
+        }
+        let count = i64::try_from(here.len()).expect("a count of things in memory");
+        let first = streams::advance(c, stream, count)?;
+        if place == Place::Timeline {
+            positions.extend(here.into_iter().zip(first..));
+        } else {
+            positions.extend(here.into_iter().rev().zip((first..).map(|n| -n)));
+        }
+    }
+    Ok(positions)
+}
+
+const INSERT_CHILD: &str = "INSERT INTO event_children (prev_nid, event_nid) VALUES ($1, $2)
+    ON CONFLICT (prev_nid, event_nid) DO NOTHING";
+const INSERT_DEPENDENT: &str = "INSERT INTO auth_dependents (auth_nid, event_nid) VALUES ($1, $2)
+    ON CONFLICT (auth_nid, event_nid) DO NOTHING";
+const PLACED: &str = "DELETE FROM backward_extremities
+    WHERE room_nid = $1 AND event_nid IN (SELECT value FROM rarray($2))";
+const WANTED: &str =
+    "INSERT INTO backward_extremities (room_nid, event_nid, depth) VALUES ($1, $2, $3)
+    ON CONFLICT (room_nid, event_nid) DO UPDATE SET depth = CASE
+    WHEN excluded.depth > backward_extremities.depth THEN excluded.depth
+    ELSE backward_extremities.depth END";
+
+/// The edges of events that got a place, and what is missing behind them.
+fn link(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    placed: &[&NewEvent],
+    numbers: &HashMap<EventId, EventNid>,
+) -> Result<()> {
+    if placed.is_empty() {
+        return Ok(());
+    }
+    let edges = |ids: fn(&Pdu) -> &[EventId]| -> Vec<(EventNid, &NewEvent)> {
+        let of = |event: &&'_ NewEvent| {
+            let nids = ids(&event.pdu).iter().filter_map(|id| numbers.get(id));
+            nids.map(|nid| *nid).collect::<Vec<_>>()
+        };
+        placed
+            .iter()
+            .flat_map(|event| of(event).into_iter().map(|nid| (nid, *event)))
+            .collect()
+    };
+    let prevs = edges(|pdu| &pdu.prev_events);
+    let rows: Vec<_> = prevs.iter().map(|(prev, e)| row![*prev, e.nid]).collect();
+    if !rows.is_empty() {
+        c.execute_many(INSERT_CHILD, &rows)?;
+    }
+    let auth = edges(|pdu| &pdu.auth_events);
+    let rows: Vec<_> = auth.iter().map(|(auth, e)| row![*auth, e.nid]).collect();
+    if !rows.is_empty() {
+        c.execute_many(INSERT_DEPENDENT, &rows)?;
+    }
+    let here: Vec<EventNid> = placed.iter().map(|event| event.nid).collect();
+    c.execute(PLACED, &[&room, &events::raw(&here)])?;
+    let named: BTreeSet<EventNid> = prevs.iter().map(|(prev, _)| *prev).collect();
+    let named: Vec<EventNid> = named.into_iter().collect();
+    let statuses = events::statuses(c, &named)?;
+    let missing = |nid: &EventNid| {
+        !statuses
+            .get(nid)
+            .is_some_and(|status| status.room == room && status.place != Place::Outlier)
+    };
+    let rows: Vec<_> = prevs
+        .iter()
+        .filter(|(prev, event)| missing(prev) && !matches!(event.verdict, Verdict::Rejected(_)))
+        .map(|(prev, event)| row![room, *prev, event.pdu.depth])
+        .collect();
+    if !rows.is_empty() {
+        c.execute_many(WANTED, &rows)?;
+    }
+    Ok(())
+}
+
+const MEMBERSHIPS: &str = "SELECT user_id, membership FROM memberships
+    WHERE room_nid = $1 AND user_id IN (SELECT value FROM rarray_text($2))";
+const INSERT_ROOM_STATE: &str =
+    "INSERT INTO room_states (room_nid, position, root) VALUES ($1, $2, $3)
+    ON CONFLICT (room_nid, position) DO UPDATE SET root = excluded.root";
+const UPSERT_MEMBERSHIP: &str = "INSERT INTO memberships
+    (room_nid, user_id, membership, event_nid, position, local) VALUES ($1, $2, $3, $4, $5, $6)
+    ON CONFLICT (room_nid, user_id) DO UPDATE SET membership = excluded.membership,
+    event_nid = excluded.event_nid, position = excluded.position";
+const DELETE_MEMBERSHIP: &str = "DELETE FROM memberships WHERE room_nid = $1 AND user_id = $2";
+const ADD_HOST: &str = "INSERT INTO room_hosts (room_nid, server, joined) VALUES ($1, $2, $3)
+    ON CONFLICT (room_nid, server) DO UPDATE SET joined = room_hosts.joined + excluded.joined";
+const DROP_HOSTS: &str = "DELETE FROM room_hosts WHERE room_nid = $1 AND joined <= 0";
+
+fn memberships_of(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    users: &[UserId],
+) -> Result<HashMap<UserId, Arc<str>>> {
+    let rows = c.query_all(
+        MEMBERSHIPS,
+        &[&room, &crate::texts(&users.to_vec())],
+        |row| Ok((row.id(0)?, row.shared(1)?)),
+    )?;
+    Ok(rows.into_iter().collect())
+}
+
+const LOCAL_JOINED: &str = "SELECT 1 FROM memberships
+    WHERE room_nid = $1 AND local = 1 AND membership = 'join'";
+const INSERT_MARKER: &str =
+    "INSERT INTO partial_rooms (room_nid, joined_via, join_event, device_lists_at)
+    VALUES ($1, $2, $3, $4)";
+const INSERT_SERVER: &str =
+    "INSERT INTO partial_servers (room_nid, server, place) VALUES ($1, $2, $3)
+    ON CONFLICT (room_nid, server) DO NOTHING";
+const DROP_MARKER: &str = "DELETE FROM partial_rooms WHERE room_nid = $1";
+const DROP_SERVERS: &str = "DELETE FROM partial_servers WHERE room_nid = $1";
+const DROP_MARKS: &str = "UPDATE events SET partial = 0 WHERE room_nid = $1 AND partial = 1";
+const OLDEST_NEEDED: &str = "SELECT MIN(device_lists_at) FROM partial_rooms";
+const BECAME_FULL: &str = "INSERT INTO became_full (position, room_nid) VALUES ($1, $2)";
+const JOINED_AMONG: &str = "SELECT user_id FROM memberships WHERE room_nid = $1
+    AND membership = 'join' AND user_id IN (SELECT value FROM rarray_text($2)) ORDER BY user_id";
+
+/// Marks a room that has no marker.
+fn mark(c: &mut dyn Conn, room: RoomNid, marker: &PartialMarker) -> Result<()> {
+    // S-37: what was full stays full while somebody of ours is in it.
+    if c.exists(LOCAL_JOINED, &[&room])? {
+        return Err(Error::Stale);
+    }
+    c.execute(
+        INSERT_MARKER,
+        &[
+            &room,
+            &marker.joined_via,
+            &marker.join_event,
+            &marker.device_lists_at,
+        ],
+    )?;
+    let servers = (0_i64..).zip(&marker.servers_in_room);
+    let rows: Vec<_> = servers
+        .map(|(place, server)| row![room, server, place])
+        .collect();
+    if !rows.is_empty() {
+        c.execute_many(INSERT_SERVER, &rows)?;
+    }
+    Ok(())
+}
+
+fn clear(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    marker: Option<PartialMarker>,
+    applied: &mut Applied,
+) -> Result<()> {
+    if rooms::partial_events_left(c, room)? > 0 || rooms::handshake_running(c, room)? {
+        return Err(Error::Stale);
+    }
+    let Some(marker) = marker else {
+        return Ok(());
+    };
+    // P-54: updates that came for somebody who is found to be in the room.
+    let pended = devices::pending_since(c, marker.device_lists_at)?;
+    let members: Vec<UserId> =
+        c.query_all(JOINED_AMONG, &[&room, &crate::texts(&pended)], |row| {
+            row.id(0)
+        })?;
+    for user in members {
+        applied.device_lists = Some(devices::changed(c, &user, "")?);
+    }
+    drop_marker(c, room)?;
+    let position = streams::next(c, Stream::BecameFull)?;
+    c.execute(BECAME_FULL, &[&position, &room])?;
+    applied.became_full = Some(position);
+    Ok(())
+}
+
+fn free(c: &mut dyn Conn, room: RoomNid) -> Result<()> {
+    c.execute(DROP_MARKS, &[&room])?;
+    drop_marker(c, room)
+}
+
+/// Marker, join list, and the pending device updates that no other partial room needs (P-56).
+fn drop_marker(c: &mut dyn Conn, room: RoomNid) -> Result<()> {
+    c.execute(DROP_MARKER, &[&room])?;
+    c.execute(DROP_SERVERS, &[&room])?;
+    let oldest = c.query_int(OLDEST_NEEDED, &[])?;
+    devices::drop_pending(c, oldest.unwrap_or(i64::MAX))
+}
+
+const INTEND: &str = "INSERT INTO intents
+    (job, via, event_id, room_nid, user_id, event, omit_members, owe_leave)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, 0) ON CONFLICT (job, via, event_id) DO NOTHING";
+const DROP_INTENT: &str = "DELETE FROM intents WHERE job = $1";
+const OWE_LEAVE: &str = "UPDATE intents SET owe_leave = 1 WHERE job = $1";
+
+fn change_intent(c: &mut dyn Conn, room: RoomNid, change: &IntentChange) -> Result<()> {
+    match change {
+        IntentChange::Intend {
+            job,
+            user,
+            event_id,
+            event,
+            via,
+            omit_members,
+        } => c.execute(
+            INTEND,
+            &[job, via, event_id, &room, user, event, omit_members],
+        ),
+        IntentChange::Fulfil { job } | IntentChange::Forget { job } => {
+            c.execute(DROP_INTENT, &[job])
+        }
+        IntentChange::OweLeave { job } => c.execute(OWE_LEAVE, &[job]),
+    }
+    .map(drop)
+}
