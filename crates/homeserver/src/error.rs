@@ -92,8 +92,19 @@ impl MatrixError {
     /// The body that goes over the wire.
     pub fn body(&self) -> Value {
         let mut body = self.extra.clone();
-        body.insert("errcode".to_owned(), Value::from(self.errcode.as_ref()));
-        body.insert("error".to_owned(), Value::from(self.message.as_str()));
+        // A first UIA challenge is no failure and has no errcode.
+        if !self.errcode.is_empty() {
+            body.insert("errcode".to_owned(), Value::from(self.errcode.as_ref()));
+            body.insert("error".to_owned(), Value::from(self.message.as_str()));
+        }
         Value::Object(body)
+    }
+}
+
+/// What the store said is for the log only.
+impl From<storage::Error> for MatrixError {
+    fn from(error: storage::Error) -> Self {
+        tracing::error!(%error, "the store failed");
+        Self::internal("Internal server error")
     }
 }

@@ -2,6 +2,14 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/>
 
+mod account;
+mod account_data;
+mod capabilities;
+mod devices;
+mod filter;
+mod login;
+mod profile;
+pub mod register;
 mod versions;
 
 use axum::Router;
@@ -12,10 +20,19 @@ use homeserver::Homeserver;
 /// `r0`, `v1` and `v3` serve the same routes: which of the three an endpoint lives under is history, and
 /// clients in the wild use all of them. Each topic's `routes()` names its paths from after the version on.
 pub fn routes() -> Router<Homeserver> {
-    let versioned = Router::new();
+    let versioned = Router::new()
+        .merge(account::routes())
+        .merge(account_data::routes())
+        .merge(capabilities::routes())
+        .merge(devices::routes())
+        .merge(filter::routes())
+        .merge(login::routes())
+        .merge(profile::routes())
+        .merge(register::routes());
     Router::new()
         .nest("/_matrix/client/r0", versioned.clone())
         .nest("/_matrix/client/v1", versioned.clone())
         .nest("/_matrix/client/v3", versioned)
+        .merge(account_data::unstable_routes())
         .merge(versions::routes())
 }
