@@ -16,6 +16,7 @@ pub mod driver;
 pub mod e2ee;
 pub mod event_index;
 pub mod events;
+pub mod federation_reads;
 pub mod load;
 pub mod media;
 mod migrations;
