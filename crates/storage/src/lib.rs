@@ -27,11 +27,16 @@ pub mod profiles;
 pub mod push;
 pub mod queues;
 pub mod receipts;
+pub mod relations;
+pub mod reports;
 pub mod rooms;
+pub mod search;
 mod sequence;
 mod sqlite;
 pub mod states;
 pub mod streams;
+pub mod sync_reads;
+pub mod timeline;
 pub mod to_device;
 
 use std::sync::Arc;
@@ -196,7 +201,9 @@ where
     }
 
     fn finish(self: Box<Self>, outcome: Result<()>) {
-        let Self { f, value, reply, .. } = *self;
+        let Self {
+            f, value, reply, ..
+        } = *self;
         // What the closure holds is free when the answer arrives.
         drop(f);
         // Whoever asked may have gone away.

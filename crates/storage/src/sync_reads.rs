@@ -1,0 +1,171 @@
+//! What /sync asks about a user across rooms: memberships, shared rooms, what changed for whom.
+
+use std::sync::Arc;
+
+use protocol::id::{RoomId, UserId};
+use protocol::nid::{EventNid, RoomNid};
+
+use crate::driver::{Conn, Result, texts};
+use crate::out_of_band;
+
+/// A user's place in one room.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    pub room: RoomId,
+    pub nid: RoomNid,
+    pub membership: String,
+    pub event: EventNid,
+    /// Position of the change: in the events stream, or in the memberships stream when out of band.
+    pub position: i64,
+    /// Set when the room's state here does not know it: the stripped state that came with it.
+    pub out_of_band: Option<Vec<Arc<str>>>,
+}
+
+const MEMBERSHIPS: &str = "SELECT r.room_id, m.room_nid, m.membership, m.event_nid, m.position
+    FROM memberships m JOIN rooms r ON r.nid = m.room_nid WHERE m.user_id = $1 ORDER BY r.room_id";
+const BECAME_FULL: &str = "SELECT room_nid FROM became_full WHERE position > $1 AND position <= $2";
+const COUNTS: &str = "SELECT membership, COUNT(*) FROM memberships WHERE room_nid = $1
+    AND membership IN ('join', 'invite') GROUP BY membership";
+const HEROES: &str = "SELECT user_id, event_nid FROM memberships WHERE room_nid = $1
+    AND user_id <> $2 AND membership IN ('join', 'invite') ORDER BY position, user_id LIMIT $3";
+const OLD_HEROES: &str = "SELECT user_id, event_nid FROM memberships WHERE room_nid = $1
+    AND user_id <> $2 AND membership IN ('leave', 'ban') ORDER BY position, user_id LIMIT $3";
+const JOINED: &str = "SELECT 1 FROM memberships m JOIN rooms r ON r.nid = m.room_nid
+    WHERE r.room_id = $1 AND m.user_id = $2 AND m.membership = 'join'";
+const JOINED_USERS: &str = "SELECT user_id FROM memberships
+    WHERE room_nid = $1 AND membership = 'join' ORDER BY user_id";
+const SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b
+    ON b.room_nid = a.room_nid WHERE a.user_id = $1 AND a.membership = 'join'
+    AND b.membership = 'join' AND b.user_id IN (SELECT value FROM rarray_text($2))";
+const ALL_SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b
+    ON b.room_nid = a.room_nid WHERE a.user_id = $1 AND a.membership = 'join'
+    AND b.membership = 'join'";
+const PRESENCE_CHANGED: &str =
+    "SELECT user_id FROM presence WHERE position > $1 AND position <= $2";
+const FORGOTTEN: &str = "SELECT room_id, at FROM forgotten_rooms WHERE user_id = $1";
+const FORGET: &str = "INSERT INTO forgotten_rooms (user_id, room_id, at) VALUES ($1, $2, $3)
+    ON CONFLICT (user_id, room_id) DO UPDATE SET at = excluded.at";
+const DROP_OUT_OF_BAND: &str = "DELETE FROM out_of_band WHERE user_id = $1
+    AND membership NOT IN ('invite', 'knock')
+    AND room_nid IN (SELECT nid FROM rooms WHERE room_id = $2)";
+const HOSTS: &str =
+    "SELECT server FROM room_hosts WHERE room_nid = $1 ORDER BY joined DESC, server";
+const PARTIAL_HOSTS: &str = "SELECT server FROM partial_servers WHERE room_nid = $1 ORDER BY place";
+
+/// All of a user's memberships, of the room's state or out of band, one for each room.
+pub fn memberships(c: &mut dyn Conn, user: &UserId) -> Result<Vec<Membership>> {
+    let apart: Vec<Membership> = out_of_band::of_user(c, user, 0, i64::MAX)?
+        .into_iter()
+        .map(|apart| Membership {
+            room: apart.room_id,
+            nid: apart.room_nid,
+            membership: apart.membership.to_string(),
+            event: apart.event,
+            position: apart.position,
+            out_of_band: Some(apart.stripped_state),
+        })
+        .collect();
+    let mut all = c.query_all(MEMBERSHIPS, &[user], |row| {
+        Ok(Membership {
+            room: row.id(0)?,
+            nid: row.room_nid(1)?,
+            membership: row.string(2)?,
+            event: row.event_nid(3)?,
+            position: row.int(4)?,
+            out_of_band: None,
+        })
+    })?;
+    // Out of band is what happened since we left the room.
+    all.retain(|known| known.membership == "join" || !apart.iter().any(|a| a.nid == known.nid));
+    let joined: Vec<RoomNid> = all.iter().map(|known| known.nid).collect();
+    all.extend(apart.into_iter().filter(|a| !joined.contains(&a.nid)));
+    all.sort_by(|a, b| a.room.cmp(&b.room));
+    Ok(all)
+}
+
+/// Rooms that became full after one position and up to another (P-31).
+pub fn became_full(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<Vec<RoomNid>> {
+    c.query_all(BECAME_FULL, &[&after, &up_to], |row| row.room_nid(0))
+}
+
+/// How many are joined, and how many are invited.
+pub fn member_counts(c: &mut dyn Conn, room: RoomNid) -> Result<(i64, i64)> {
+    let mut counts = (0, 0);
+    c.query(COUNTS, &[&room], &mut |row| {
+        match row.text(0)? {
+            "join" => counts.0 = row.int(1)?,
+            _ => counts.1 = row.int(1)?,
+        }
+        Ok(())
+    })?;
+    Ok(counts)
+}
+
+/// The first members beside the user, for clients to name the room by; former members when there are none.
+pub fn heroes(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    user: &UserId,
+    limit: i64,
+) -> Result<Vec<(UserId, EventNid)>> {
+    let mut read = |sql: &str| {
+        c.query_all(sql, &[&room, user, &limit], |row| {
+            Ok((row.id(0)?, row.event_nid(1)?))
+        })
+    };
+    let heroes = read(HEROES)?;
+    if heroes.is_empty() {
+        read(OLD_HEROES)
+    } else {
+        Ok(heroes)
+    }
+}
+
+pub fn is_joined(c: &mut dyn Conn, room: &RoomId, user: &UserId) -> Result<bool> {
+    c.exists(JOINED, &[room, user])
+}
+
+pub fn joined_users(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {
+    c.query_all(JOINED_USERS, &[&room], |row| row.id(0))
+}
+
+/// Those of these users who share a room with the user.
+pub fn sharing(c: &mut dyn Conn, user: &UserId, among: &[UserId]) -> Result<Vec<UserId>> {
+    if among.is_empty() {
+        return Ok(Vec::new());
+    }
+    let among = among.to_vec();
+    c.query_all(SHARING, &[user, &texts(&among)], |row| row.id(0))
+}
+
+/// Everybody who shares a room with the user, the user included.
+pub fn all_sharing(c: &mut dyn Conn, user: &UserId) -> Result<Vec<UserId>> {
+    c.query_all(ALL_SHARING, &[user], |row| row.id(0))
+}
+
+/// Whose presence changed after one position and up to another.
+pub fn presence_changed(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<Vec<UserId>> {
+    c.query_all(PRESENCE_CHANGED, &[&after, &up_to], |row| row.id(0))
+}
+
+/// The rooms a user has forgotten, each with the position up to which.
+pub fn forgotten(c: &mut dyn Conn, user: &UserId) -> Result<Vec<(RoomId, i64)>> {
+    c.query_all(FORGOTTEN, &[user], |row| Ok((row.id(0)?, row.int(1)?)))
+}
+
+/// Everything of the room up to this position of the events stream is forgotten.
+pub fn forget(c: &mut dyn Conn, user: &UserId, room: &RoomId, at: i64) -> Result<()> {
+    c.execute(FORGET, &[user, room, &at])?;
+    c.execute(DROP_OUT_OF_BAND, &[user, room]).map(|_| ())
+}
+
+/// The servers in a room: the join list of a partial room first (P-1), then the hosts of its members.
+pub fn servers(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<protocol::id::ServerName>> {
+    let mut servers = c.query_all(PARTIAL_HOSTS, &[&room], |row| row.id(0))?;
+    for host in c.query_all(HOSTS, &[&room], |row| row.id(0))? {
+        if !servers.contains(&host) {
+            servers.push(host);
+        }
+    }
+    Ok(servers)
+}
