@@ -18,7 +18,7 @@ use crate::events::{self, Standing, Status};
 use crate::rooms::{self, RoomRow};
 use crate::states::{self, Unstored};
 use crate::streams::{self, Stream};
-use crate::{Sequence, Store, devices, event_index, load, out_of_band, row};
+use crate::{Sequence, Store, devices, event_index, load, out_of_band, queues, row};
 
 /// Members whose events are looked at in one go.
 const MEMBERS_BATCH: usize = 2000;
@@ -28,8 +28,8 @@ const MEMBERS_BATCH: usize = 2000;
 pub struct Applied {
     pub room: Option<RoomNid>,
     pub revision: u64,
-    /// Events that got a place, with their position in the events stream (below 0: backfilled).
-    pub events: Vec<(EventNid, i64)>,
+    /// Events that got a place, in the order of the write set.
+    pub events: Vec<Placed>,
     /// Where in the events stream the current state changed.
     pub state_position: Option<i64>,
     /// Changes of memberships in the current state, of local and remote users.
@@ -42,6 +42,17 @@ pub struct Applied {
     pub destinations: Vec<ServerName>,
     /// The last position of the device-list stream, when users came into it (P-54).
     pub device_lists: Option<i64>,
+}
+
+/// An event that got a place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placed {
+    pub nid: EventNid,
+    /// In the events stream, below 0 for a backfilled event.
+    pub position: i64,
+    /// Neither rejected nor soft-failed.
+    pub accepted: bool,
+    pub pdu: Arc<Pdu>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -333,7 +344,12 @@ impl Plan {
         }
         applied.events = placed
             .iter()
-            .map(|event| (event.nid, positions[&event.nid]))
+            .map(|event| Placed {
+                nid: event.nid,
+                position: positions[&event.nid],
+                accepted: event.verdict == Verdict::Accepted,
+                pdu: Arc::clone(&event.pdu),
+            })
             .collect();
         Ok(placed.iter().map(|event| event.pdu.depth).min())
     }
@@ -469,25 +485,20 @@ impl Plan {
     }
 
     fn fan_out(&self, c: &mut dyn Conn, placed: &[&NewEvent], applied: &mut Applied) -> Result<()> {
-        let mut due: Vec<(&ServerName, EventNid)> = Vec::new();
+        let mut destinations = BTreeSet::new();
         for event in placed {
-            if let FanOut::Servers(servers) = &event.fan_out {
-                let others = servers.iter().filter(|server| **server != self.own);
-                due.extend(others.map(|server| (server, event.nid)));
-            }
+            let FanOut::Servers(servers) = &event.fan_out else {
+                continue;
+            };
+            let servers: BTreeSet<&ServerName> = servers
+                .iter()
+                .filter(|server| **server != self.own)
+                .collect();
+            let servers: Vec<ServerName> = servers.into_iter().cloned().collect();
+            queues::enqueue_event(c, event.nid, &servers)?;
+            destinations.extend(servers);
         }
-        if due.is_empty() {
-            return Ok(());
-        }
-        let count = i64::try_from(due.len()).expect("a count of things in memory");
-        let first = streams::advance(c, Stream::Outbox, count)?;
-        let rows: Vec<_> = (first..)
-            .zip(&due)
-            .map(|(number, (server, nid))| row![*server, number, *nid])
-            .collect();
-        c.execute_many(INSERT_OUTBOX, &rows)?;
-        let servers: BTreeSet<&ServerName> = due.iter().map(|(server, _)| *server).collect();
-        applied.destinations = servers.into_iter().cloned().collect();
+        applied.destinations = destinations.into_iter().collect();
         Ok(())
     }
 
@@ -558,7 +569,7 @@ impl Plan {
             again = self.read_members(c)?.1;
             &again
         };
-        let newest = applied.events.iter().map(|(_, position)| *position).max();
+        let newest = applied.events.iter().map(|placed| placed.position).max();
         let newest = newest.filter(|position| *position > 0);
         let changed = root != row.state_root && states::map(c, row.state_root)? != *state;
         let position = match newest {
@@ -586,7 +597,11 @@ impl Plan {
             .filter_map(|member| member.after.as_ref().map(|(_, nid)| *nid))
             .collect();
         let statuses = events::statuses(c, &nids)?;
-        let here: HashMap<EventNid, i64> = applied.events.iter().copied().collect();
+        let here: HashMap<EventNid, i64> = applied
+            .events
+            .iter()
+            .map(|placed| (placed.nid, placed.position))
+            .collect();
         let mut hosts: BTreeMap<&str, i64> = BTreeMap::new();
         let (mut upserts, mut gone) = (Vec::new(), Vec::new());
         for member in members {
@@ -646,6 +661,7 @@ impl Plan {
     fn committed(&self, caches: &Caches, applied: &Applied) {
         self.nodes.committed(caches);
         let Some(room) = applied.room else { return };
+        let placed: BTreeSet<EventNid> = applied.events.iter().map(|placed| placed.nid).collect();
         for event in &self.writes.events {
             let auth: Option<Vec<EventNid>> = event
                 .pdu
@@ -655,7 +671,7 @@ impl Plan {
                 .collect();
             caches.ids.insert(event.pdu.event_id.clone(), event.nid);
             // An event stored before, or in another room, may differ.
-            let placed = applied.events.iter().any(|(nid, _)| *nid == event.nid);
+            let placed = placed.contains(&event.nid);
             if let (Some(auth), true) = (auth, placed) {
                 let body = Body {
                     room,
@@ -725,8 +741,6 @@ const UPDATE_ROOM: &str =
 const INSERT_TRANSACTION: &str = "INSERT INTO client_transactions
     (user_id, device, room_nid, txn_id, event_nid) VALUES ($1, $2, $3, $4, $5)
     ON CONFLICT (user_id, device, room_nid, txn_id) DO NOTHING";
-const INSERT_OUTBOX: &str =
-    "INSERT INTO outbox (server, number, event_nid, edu) VALUES ($1, $2, $3, NULL)";
 const UNSTAGE: &str = "DELETE FROM staged_pdus WHERE number IN (SELECT value FROM rarray($1))";
 
 /// Positions for events that get a place, in order: the timeline's rise; of backfilled ones, the oldest

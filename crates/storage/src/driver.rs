@@ -336,6 +336,9 @@ pub trait Conn {
     /// Runs one statement once for each row of parameters, with as few round trips as the engine can.
     fn execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64>;
 
+    /// Has the engine look at a statement without running it.
+    fn prepare(&mut self, sql: &str) -> Result<()>;
+
     /// What is kept in memory.
     fn cached(&self) -> Cached;
 }

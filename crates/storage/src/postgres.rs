@@ -292,7 +292,7 @@ struct PostgresConn<'s> {
 }
 
 impl PostgresConn<'_> {
-    fn prepare(&mut self, sql: &str) -> Result<Statement> {
+    fn statement(&mut self, sql: &str) -> Result<Statement> {
         if let Some(statement) = self.session.statements.get(sql) {
             return Ok(statement.clone());
         }
@@ -335,6 +335,12 @@ impl Conn for PostgresConn<'_> {
         outcome
     }
 
+    fn prepare(&mut self, sql: &str) -> Result<()> {
+        let outcome = self.statement(sql).map(drop);
+        self.failed |= outcome.is_err();
+        outcome
+    }
+
     fn cached(&self) -> Cached {
         self.session.cached.clone()
     }
@@ -347,7 +353,7 @@ impl PostgresConn<'_> {
         params: &[&dyn Param],
         each: &mut dyn FnMut(&dyn Row) -> Result<()>,
     ) -> Result<()> {
-        let statement = self.prepare(sql)?;
+        let statement = self.statement(sql)?;
         let values: Vec<Bound<'_>> = params.iter().map(|p| Bound(p.value())).collect();
         let client = self.session.client()?;
         let wanted = statement.params().len().min(values.len());
@@ -372,7 +378,7 @@ impl PostgresConn<'_> {
     }
 
     fn run_execute(&mut self, sql: &str, params: &[&dyn Param]) -> Result<u64> {
-        let statement = self.prepare(sql)?;
+        let statement = self.statement(sql)?;
         let values: Vec<Bound<'_>> = params.iter().map(|p| Bound(p.value())).collect();
         let wanted = statement.params().len().min(values.len());
         self.session
@@ -386,7 +392,7 @@ impl PostgresConn<'_> {
     }
 
     fn run_execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64> {
-        let statement = self.prepare(sql)?;
+        let statement = self.statement(sql)?;
         let client = self.session.client()?;
         let pipeline = futures::stream::iter(rows)
             .map(|row| {

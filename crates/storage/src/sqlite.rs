@@ -246,6 +246,10 @@ impl Conn for SqliteConn<'_> {
         Ok(changed)
     }
 
+    fn prepare(&mut self, sql: &str) -> Result<()> {
+        prepare(self.connection, sql).map(drop)
+    }
+
     fn cached(&self) -> Cached {
         self.cached.clone()
     }

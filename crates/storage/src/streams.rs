@@ -22,12 +22,10 @@ pub enum Stream {
     /// Whose devices changed, ours and others'.
     DeviceLists,
     Presence,
-    /// What is to be sent to other servers.
-    Outbox,
 }
 
 impl Stream {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 9] = [
         Self::Events,
         Self::Backfilled,
         Self::Memberships,
@@ -37,7 +35,6 @@ impl Stream {
         Self::ToDevice,
         Self::DeviceLists,
         Self::Presence,
-        Self::Outbox,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -51,7 +48,6 @@ impl Stream {
             Self::ToDevice => "to_device",
             Self::DeviceLists => "device_lists",
             Self::Presence => "presence",
-            Self::Outbox => "outbox",
         }
     }
 }
