@@ -15,17 +15,28 @@ pub mod limits;
 pub mod notifier;
 mod passwords;
 pub mod profiles;
+pub mod server_keys;
 pub mod shared_secret;
 pub mod uia;
 
 use std::sync::Arc;
 
+use federation::{Client, KeyRing, OldKey, Transport, UnixClock};
+use protocol::signature::SigningKey;
 use storage::Store;
 
 use crate::appservice::Appservices;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::notifier::Notifier;
+
+/// How this server reaches others, and what it signs with.
+pub struct Wire {
+    pub transport: Arc<dyn Transport>,
+    pub key: SigningKey,
+    /// Keys that were ours once; events signed with them are still about.
+    pub old_keys: Vec<OldKey>,
+}
 
 /// One homeserver. Cheap to clone; all clones are the same server.
 #[derive(Clone)]
@@ -38,6 +49,8 @@ struct Inner {
     clock: Arc<dyn Clock>,
     notifier: Notifier,
     store: Store,
+    client: Client,
+    keys: KeyRing,
     appservices: Appservices,
     passwords: passwords::Hasher,
     uia: uia::Sessions,
@@ -51,7 +64,20 @@ impl Homeserver {
         clock: Arc<dyn Clock>,
         store: Store,
         appservices: Appservices,
+        wire: Wire,
     ) -> Self {
+        let client = Client::new(wire.transport, config.server_name.clone(), wire.key);
+        let unix_ms: UnixClock = {
+            let clock = clock.clone();
+            Arc::new(move || clock.unix_ms())
+        };
+        let keys = KeyRing::new(
+            client.clone(),
+            Arc::new(server_keys::StoredKeys(store.clone())),
+            unix_ms,
+            config.trusted_key_servers.clone(),
+            wire.old_keys,
+        );
         let limits = limits::RateLimits::new(&config.limits);
         Self {
             inner: Arc::new(Inner {
@@ -59,6 +85,8 @@ impl Homeserver {
                 clock,
                 notifier: Notifier::default(),
                 store,
+                client,
+                keys,
                 appservices,
                 passwords: passwords::Hasher::default(),
                 uia: uia::Sessions::default(),
@@ -70,6 +98,16 @@ impl Homeserver {
 
     pub fn store(&self) -> &Store {
         &self.inner.store
+    }
+
+    /// Requests to other servers.
+    pub fn client(&self) -> &Client {
+        &self.inner.client
+    }
+
+    /// Signing keys of other servers.
+    pub fn keys(&self) -> &KeyRing {
+        &self.inner.keys
     }
 
     pub fn appservices(&self) -> &Appservices {
