@@ -1,0 +1,39 @@
+//! One commit of a room, and who is to be woken by it.
+
+use room::effect::Stale;
+use room::write::{PartialChange, WriteSet};
+use storage::apply::{self, Applied};
+
+use crate::Homeserver;
+use crate::notifier::Topic;
+
+impl Homeserver {
+    /// Applies a write set and wakes whom it concerns.
+    pub(crate) async fn commit(&self, writes: WriteSet) -> storage::Result<Result<(), Stale>> {
+        let room = writes.room.clone();
+        let clears = matches!(writes.partial, PartialChange::Clear | PartialChange::Free);
+        let applied = match apply::apply(self.store(), writes).await? {
+            Ok(applied) => applied,
+            Err(stale) => return Ok(Err(stale)),
+        };
+        for server in &applied.destinations {
+            self.notifier().wake(&Topic::Destination(server.clone()));
+        }
+        self.outgoing().start(self, &applied.destinations);
+        for (user, _) in &applied.out_of_band {
+            self.notifier().wake_user(user);
+        }
+        for change in applied.memberships.iter().filter(|change| change.local) {
+            self.notifier().wake_user(&change.user);
+        }
+        if moved(&applied) || clears {
+            self.notifier().wake_room(&room);
+        }
+        self.after_commit(&room, &applied);
+        Ok(Ok(()))
+    }
+}
+
+fn moved(applied: &Applied) -> bool {
+    !applied.events.is_empty() || applied.state_position.is_some() || applied.became_full.is_some()
+}

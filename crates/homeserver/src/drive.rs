@@ -1,0 +1,202 @@
+//! Runs any room machine: the only place in the house where a room effect is carried out.
+//!
+//! A run goes on when whoever started it has gone away; it ends with its machine, or with the server. Then
+//! what was committed is on disk, and whatever was under way begins again from there.
+
+use std::time::Duration;
+
+use room::effect::{Effect, Input, Loaded, Machine, Now, Tell, Ticket};
+use tokio::sync::mpsc;
+
+use crate::Homeserver;
+use crate::checks;
+
+/// Inputs that wait for the machine; beyond that, whoever brings them waits. Bounds the window of a body
+/// that streams in: a part holds at most 256 events.
+const INPUTS_MAX: usize = 16;
+/// With more PDUs than this in one input the machine runs off the async threads.
+const INLINE_PDUS_MAX: usize = 64;
+
+/// Something to do to a machine from outside, such as a cancel.
+pub type Command<M> = Box<dyn FnOnce(&mut M, Now) + Send>;
+
+/// What a run needs beside its machine.
+pub struct Run<M> {
+    pub machine: M,
+    /// The join job that this run's progress is told of.
+    pub job: Option<i64>,
+    pub commands: Option<mpsc::Receiver<Command<M>>>,
+}
+
+impl<M> Run<M> {
+    pub fn of(machine: M) -> Self {
+        Self { machine, job: None, commands: None }
+    }
+}
+
+/// Runs the machine to its outcome. `None` when the server stops first.
+pub async fn drive<M>(hs: &Homeserver, run: Run<M>) -> Option<M::Outcome>
+where
+    M: Machine + Send + 'static,
+    M::Outcome: Send + 'static,
+{
+    let (hs, stop) = (hs.clone(), hs.stopping());
+    let tracker = hs.tracker();
+    let running = tracker.spawn(async move {
+        tokio::select! {
+            outcome = turn(&hs, run) => Some(outcome),
+            () = stop.cancelled() => None,
+        }
+    });
+    running.await.ok().flatten()
+}
+
+async fn turn<M>(hs: &Homeserver, run: Run<M>) -> M::Outcome
+where
+    M: Machine + Send + 'static,
+    M::Outcome: Send + 'static,
+{
+    let Run { mut machine, job, mut commands } = run;
+    let (sender, mut inputs) = mpsc::channel(INPUTS_MAX);
+    let mut asks = tokio::task::JoinSet::new();
+    loop {
+        while let Some(effect) = machine.poll_effect() {
+            execute(hs, effect, job, &sender, &mut asks);
+        }
+        if let Some(outcome) = machine.poll_outcome() {
+            return outcome;
+        }
+        let woken = wait_until(hs, machine.deadline());
+        let command = next_command(&mut commands);
+        let input = tokio::select! {
+            biased;
+            Some(command) = command => {
+                command(&mut machine, hs.clock().now());
+                continue;
+            }
+            Some(input) = inputs.recv() => input,
+            () = woken => Input::Woke,
+        };
+        while asks.try_join_next().is_some() {}
+        let now = hs.clock().now();
+        if weight(&input) <= INLINE_PDUS_MAX {
+            machine.handle(input, now);
+        } else {
+            machine = tokio::task::spawn_blocking(move || {
+                machine.handle(input, now);
+                machine
+            })
+            .await
+            .expect("a machine does not panic");
+        }
+    }
+}
+
+async fn next_command<M>(commands: &mut Option<mpsc::Receiver<Command<M>>>) -> Option<Command<M>> {
+    let command = match commands {
+        Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
+    };
+    if command.is_none() {
+        *commands = None;
+    }
+    command
+}
+
+async fn wait_until(hs: &Homeserver, deadline: Option<Now>) {
+    let Some(deadline) = deadline else { return std::future::pending().await };
+    let wait = deadline.since_start.saturating_sub(hs.clock().now().since_start);
+    // A deadline in the past still lets inputs that are here already go first.
+    tokio::time::sleep(wait.max(Duration::from_micros(1))).await;
+}
+
+/// How many PDUs the machine will look at for this input, roughly.
+fn weight(input: &Input) -> usize {
+    match input {
+        Input::Checked { pdus, .. } => pdus.len(),
+        Input::Loaded { loaded, .. } => match loaded {
+            Loaded::Interned { events, .. } => events.len(),
+            Loaded::Known(known) => known.len(),
+            Loaded::Found(found) => found.len(),
+            Loaded::Closure(set) => set.events.len(),
+            Loaded::Ready(ready) => ready.len(),
+            _ => 1,
+        },
+        _ => 1,
+    }
+}
+
+fn execute(
+    hs: &Homeserver,
+    effect: Effect,
+    job: Option<i64>,
+    inputs: &mpsc::Sender<Input>,
+    asks: &mut tokio::task::JoinSet<()>,
+) {
+    let (hs, inputs) = (hs.clone(), inputs.clone());
+    match effect {
+        Effect::Ask { ticket, to, ask, timeout } => {
+            asks.spawn(async move {
+                let parts = inputs.clone();
+                let from = to.clone();
+                let answer = hs
+                    .client()
+                    .ask(&to, &ask, timeout, async move |section, pdus| {
+                        let part = Input::Part { ticket, from: from.clone(), section, pdus };
+                        let _machine_is_done = parts.send(part).await;
+                    })
+                    .await;
+                let _machine_is_done = inputs.send(Input::Answered { ticket, from: to, answer }).await;
+            });
+        }
+        Effect::Load { ticket, room, load } => {
+            asks.spawn(async move {
+                let loaded = persist(ticket, || storage::load::load(hs.store(), &room, load.clone())).await;
+                let _machine_is_done = inputs.send(Input::Loaded { ticket, loaded }).await;
+            });
+        }
+        Effect::Check { ticket, version, pdus } => {
+            asks.spawn(async move {
+                let pdus = checks::check(&hs, version, pdus).await;
+                let _machine_is_done = inputs.send(Input::Checked { ticket, pdus }).await;
+            });
+        }
+        // Not among the asks: a commit under way is finished and followed up even if the run ends.
+        Effect::Commit { ticket, writes } => {
+            hs.tracker().spawn(async move {
+                let outcome = persist(ticket, || hs.commit((*writes).clone())).await;
+                let _machine_is_done = inputs.send(Input::Committed { ticket, outcome }).await;
+            });
+        }
+        Effect::Tell(tell) => hs.tell(job, tell),
+    }
+}
+
+/// The store is the ground we stand on: while it fails, machines wait, and try again with growing pauses.
+async fn persist<T, F>(ticket: Ticket, mut attempt: impl FnMut() -> F) -> T
+where
+    F: Future<Output = storage::Result<T>>,
+{
+    let mut pause = Duration::from_millis(50);
+    loop {
+        match attempt().await {
+            Ok(value) => return value,
+            Err(error) => {
+                tracing::error!(?ticket, %error, "the store failed; trying again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(10));
+            }
+        }
+    }
+}
+
+impl Homeserver {
+    /// What a machine has to tell.
+    fn tell(&self, job: Option<i64>, tell: Tell) {
+        match tell {
+            Tell::Progress { room, step } => self.jobs().progress(&room, job, step),
+            Tell::StartResync { room } => self.tasks().start_resync(self, room),
+            Tell::PrefetchKeys { servers } => self.prefetch_keys(servers),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The record of joins: how far each is, where it hangs, and what it still owes.
+//!
+//! A job is a row that outlives restarts; what changes with every event of a resync is kept in memory and
+//! written when something worth keeping happens.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use protocol::id::{RoomId, UserId};
+use room::effect::Step;
+use serde_json::{Value, json};
+use storage::Sequence;
+use storage::queues::{self, Job};
+use tokio::sync::broadcast;
+
+use crate::Homeserver;
+use crate::notifier::Topic;
+
+/// Progress lines that a slow listener may lag behind before it loses some.
+const FEED_MAX: usize = 256;
+
+#[derive(Clone)]
+pub struct Board {
+    open: Arc<Mutex<HashMap<i64, Job>>>,
+    feed: broadcast::Sender<Arc<Job>>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Self { open: Arc::default(), feed: broadcast::channel(FEED_MAX).0 }
+    }
+}
+
+pub struct Jobs<'a> {
+    hs: &'a Homeserver,
+}
+
+impl Homeserver {
+    pub fn jobs(&self) -> Jobs<'_> {
+        Jobs { hs: self }
+    }
+}
+
+impl Jobs<'_> {
+    /// Every change of every job from now on.
+    pub fn follow(&self) -> broadcast::Receiver<Arc<Job>> {
+        self.hs.board().feed.subscribe()
+    }
+
+    pub(crate) async fn open(&self, room: &RoomId, user: &UserId) -> storage::Result<i64> {
+        let store = self.hs.store();
+        let number = store.number(Sequence::Jobs).await?;
+        let now = self.hs.clock().unix_ms();
+        let job = Job {
+            number,
+            kind: "join".to_owned(),
+            room_id: room.clone(),
+            user_id: Some(user.clone()),
+            state: "resolving".to_owned(),
+            donor: None,
+            last_error: None,
+            progress: "{}".to_owned(),
+            created_ms: now,
+            updated_ms: now,
+            finished_ms: None,
+        };
+        let (room, user) = (room.clone(), user.clone());
+        store
+            .write(move |c| queues::create_job(c, number, "join", &room, Some(&user), "resolving", now))
+            .await?;
+        self.lock().insert(number, job);
+        Ok(number)
+    }
+
+    /// At boot: the jobs that go on.
+    pub(crate) async fn resume(&self) -> storage::Result<()> {
+        let jobs = self.hs.store().read(|c| queues::jobs(c, true, 10_000)).await?;
+        self.lock().extend(jobs.into_iter().map(|job| (job.number, job)));
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<i64, Job>> {
+        self.hs.board().open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that go on, and the last that ended.
+    pub async fn list(&self, limit: i64) -> storage::Result<Vec<Job>> {
+        let mut jobs = self.hs.store().read(move |c| queues::jobs(c, false, limit)).await?;
+        let open = self.lock();
+        for job in &mut jobs {
+            if let Some(newer) = open.get(&job.number) {
+                *job = newer.clone();
+            }
+        }
+        Ok(jobs)
+    }
+
+    pub async fn one(&self, number: i64) -> storage::Result<Option<Job>> {
+        if let Some(job) = self.lock().get(&number) {
+            return Ok(Some(job.clone()));
+        }
+        self.hs.store().read(move |c| queues::job(c, number)).await
+    }
+
+    /// The job under which a room is being completed.
+    fn of_room(&self, room: &RoomId) -> Option<i64> {
+        let open = self.lock();
+        let mut found: Vec<_> = open.values().filter(|job| job.room_id == *room).map(|job| job.number).collect();
+        found.sort_unstable();
+        found.first().copied()
+    }
+
+    /// A machine says how far it is.
+    pub(crate) fn progress(&self, room: &RoomId, job: Option<i64>, step: Step) {
+        tracing::info!(%room, ?job, ?step, "join");
+        let Some(number) = job.or_else(|| self.of_room(room)) else { return };
+        let mut attempt = None;
+        self.change(number, |job| {
+            match step {
+                Step::Asking { server, nth, of } => {
+                    job.state = "asking".to_owned();
+                    job.donor = Some(server.to_string());
+                    job.progress = json!({ "nth": nth, "of": of }).to_string();
+                    attempt = Some((server.to_string(), "asked".to_owned()));
+                }
+                Step::Accepted { by } => {
+                    job.state = "accepted".to_owned();
+                    job.donor = Some(by.to_string());
+                }
+                Step::Verifying { have } => {
+                    job.state = "verifying".to_owned();
+                    job.progress = json!({ "have": have }).to_string();
+                }
+                Step::Usable { partial } => {
+                    job.state = if partial { "usable" } else { "full" }.to_owned();
+                }
+                Step::Resyncing { from, have, want } => {
+                    job.state = "resyncing".to_owned();
+                    job.donor = Some(from.to_string());
+                    job.progress = json!({ "have": have, "want": want }).to_string();
+                }
+                Step::Retrying { reason, in_ms } => {
+                    job.last_error = Some(reason.clone());
+                    job.progress = json!({ "next_attempt_in_ms": in_ms }).to_string();
+                    attempt = Some((job.donor.clone().unwrap_or_default(), reason));
+                }
+                Step::Full => job.state = "full".to_owned(),
+            }
+        });
+        if let Some((server, outcome)) = attempt {
+            let (store, now) = (self.hs.store().clone(), self.hs.clock().unix_ms());
+            self.hs.tracker().spawn(async move {
+                let recorded =
+                    store.write(move |c| queues::record_attempt(c, number, &server, now, &outcome)).await;
+                if let Err(error) = recorded {
+                    tracing::warn!(%error, "an attempt was not recorded");
+                }
+            });
+        }
+        let full = self.lock().get(&number).is_some_and(|job| job.state == "full");
+        if full {
+            self.close_room(room, "full");
+        }
+    }
+
+    /// All open jobs of a room end together: it is full, or gone.
+    pub(crate) fn close_room(&self, room: &RoomId, state: &str) {
+        let numbers: Vec<i64> =
+            self.lock().values().filter(|job| job.room_id == *room).map(|job| job.number).collect();
+        for number in numbers {
+            self.close(number, state, None);
+        }
+    }
+
+    /// The join ended otherwise than in a partial room.
+    pub(crate) fn close(&self, number: i64, state: &str, error: Option<String>) {
+        let now = self.hs.clock().unix_ms();
+        self.change(number, |job| {
+            job.state = state.to_owned();
+            job.last_error = error.or(job.last_error.take());
+            job.finished_ms = Some(now);
+        });
+        self.lock().remove(&number);
+    }
+
+    fn change(&self, number: i64, change: impl FnOnce(&mut Job)) {
+        let now = self.hs.clock().unix_ms();
+        let changed = {
+            let mut open = self.lock();
+            let Some(job) = open.get_mut(&number) else { return };
+            let before = job.state.clone();
+            change(job);
+            job.updated_ms = now;
+            (job.clone(), before != job.state)
+        };
+        let (job, keep) = changed;
+        // Nobody may be listening.
+        let _listeners = self.hs.board().feed.send(Arc::new(job.clone()));
+        self.hs.notifier().wake(&Topic::Jobs);
+        if keep {
+            let store = self.hs.store().clone();
+            self.hs.tracker().spawn(async move {
+                if let Err(error) = store.write(move |c| queues::update_job(c, &job)).await {
+                    tracing::warn!(%error, "a job's progress was not recorded");
+                }
+            });
+        }
+    }
+}
+
+/// A job as the admin API shows it.
+pub fn to_json(job: &Job) -> Value {
+    let progress: Value = serde_json::from_str(&job.progress).unwrap_or(Value::Null);
+    json!({
+        "id": job.number,
+        "kind": job.kind,
+        "room_id": job.room_id,
+        "user_id": job.user_id,
+        "state": job.state,
+        "donor": job.donor,
+        "last_error": job.last_error,
+        "progress": progress,
+        "created_ts": job.created_ms,
+        "updated_ts": job.updated_ms,
+        "finished_ts": job.finished_ms,
+    })
+}
