@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
+use federation::keys::Wanted;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::signature::{self, Verification};
@@ -12,9 +14,15 @@ use crate::Homeserver;
 
 /// PDUs of one verification batch; larger ones gain nothing more (they are the window of a body, too).
 const BATCH_MAX: usize = 4096;
+/// Events whose keys do not come by then are left out; the fetch goes on for the next time.
+const KEYS_DEADLINE: Duration = Duration::from_secs(15);
 
 /// One verdict for each PDU, in order.
-pub async fn check(hs: &Homeserver, version: RoomVersion, pdus: Vec<RawPdu>) -> Vec<Result<Arc<Pdu>, BadPdu>> {
+pub async fn check(
+    hs: &Homeserver,
+    version: RoomVersion,
+    pdus: Vec<RawPdu>,
+) -> Vec<Result<Arc<Pdu>, BadPdu>> {
     let mut verdicts = Vec::with_capacity(pdus.len());
     let mut rest = pdus;
     while !rest.is_empty() {
@@ -25,24 +33,48 @@ pub async fn check(hs: &Homeserver, version: RoomVersion, pdus: Vec<RawPdu>) -> 
     verdicts
 }
 
-async fn check_batch(hs: &Homeserver, version: RoomVersion, pdus: Vec<RawPdu>) -> Vec<Result<Arc<Pdu>, BadPdu>> {
-    let parsed = on_cpu(move || pdus.iter().map(|raw| parse(raw, version)).collect::<Vec<_>>()).await;
-    let wanted: BTreeSet<_> = parsed.iter().flatten().flat_map(|pdu| needed_keys(pdu)).collect();
-    let keys = hs.keys().for_events(version, wanted.into_iter().collect()).await;
-    let mode = if hs.config().join.batch_verification { Verification::Batch } else { Verification::Single };
+async fn check_batch(
+    hs: &Homeserver,
+    version: RoomVersion,
+    pdus: Vec<RawPdu>,
+) -> Vec<Result<Arc<Pdu>, BadPdu>> {
+    let parsed = on_cpu(move || {
+        pdus.iter()
+            .map(|raw| parse(raw, version))
+            .collect::<Vec<_>>()
+    })
+    .await;
+    let wanted: BTreeSet<_> = parsed
+        .iter()
+        .flatten()
+        .flat_map(|(pdu, _)| needed(pdu))
+        .collect();
+    let wanted: Vec<_> = wanted.into_iter().collect();
+    let keys = hs.keys().keys_for_events(&wanted, KEYS_DEADLINE).await;
+    let mode = if hs.config().join.batch_verification {
+        Verification::Batch
+    } else {
+        Verification::Single
+    };
     let entropy: [u8; 32] = rand::random();
     on_cpu(move || {
-        let good: Vec<&Pdu> = parsed.iter().flatten().map(Arc::as_ref).collect();
-        let mut verdicts = signature::verify_pdus(&good, &keys, mode, entropy).into_iter();
+        let good: Vec<(&Pdu, &str)> = parsed
+            .iter()
+            .flatten()
+            .map(|(pdu, signed)| (pdu.as_ref(), signed.as_str()))
+            .collect();
+        let mut verdicts = signature::verify_pdus(&good, &keys, entropy, mode).into_iter();
         parsed
             .into_iter()
             .map(|pdu| {
-                let pdu = pdu?;
+                let (pdu, _) = pdu?;
                 match verdicts.next().expect("one verdict for each parsed PDU") {
                     Ok(()) => Ok(pdu),
-                    Err(error) => {
-                        Err(BadPdu { event_id: Some(pdu.event_id.clone()), reason: error.to_string(), signature: true })
-                    }
+                    Err(error) => Err(BadPdu {
+                        event_id: Some(pdu.event_id.clone()),
+                        reason: error.to_string(),
+                        signature: true,
+                    }),
                 }
             })
             .collect()
@@ -50,25 +82,28 @@ async fn check_batch(hs: &Homeserver, version: RoomVersion, pdus: Vec<RawPdu>) -
     .await
 }
 
-fn parse(raw: &str, version: RoomVersion) -> Result<Arc<Pdu>, BadPdu> {
-    Pdu::parse(raw, version).map(Arc::new).map_err(|error| BadPdu {
-        event_id: None,
-        reason: error.to_string(),
-        signature: false,
-    })
+/// The PDU, and the bytes that its signatures are made over.
+fn parse(raw: &str, version: RoomVersion) -> Result<(Arc<Pdu>, String), BadPdu> {
+    let parsed = Pdu::parse_with_signed(raw, version);
+    parsed
+        .map(|(pdu, signed)| (Arc::new(pdu), signed))
+        .map_err(|error| BadPdu {
+            event_id: None,
+            reason: error.to_string(),
+            signature: false,
+        })
 }
 
-/// `(server, key id, origin_server_ts)` for each signature that counts.
-fn signing_keys(pdu: &Pdu) -> Vec<(protocol::id::ServerName, String, i64)> {
-    let required = signature::required_servers(pdu);
-    pdu.signatures
-        .iter()
-        .filter(|(server, _, _)| required.contains(server))
-        .map(|(server, key_id, _)| (server.clone(), key_id.clone(), pdu.origin_server_ts))
+fn needed(pdu: &Pdu) -> Vec<Wanted> {
+    signature::needed_keys(pdu)
+        .into_iter()
+        .map(|(server, key_id)| Wanted::new(server, key_id, pdu.origin_server_ts, pdu.version))
         .collect()
 }
 
 /// Runs work for the processor off the async threads.
 pub async fn on_cpu<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.expect("checks do not panic")
+    tokio::task::spawn_blocking(work)
+        .await
+        .expect("checks do not panic")
 }

@@ -29,7 +29,9 @@ impl Homeserver {
         if moved(&applied) || clears {
             self.notifier().wake_room(&room);
         }
-        self.after_commit(&room, &applied);
+        if applied.became_full.is_some() {
+            self.tasks().room_is_full(&room, &applied);
+        }
         Ok(Ok(()))
     }
 }

@@ -30,7 +30,11 @@ pub struct Run<M> {
 
 impl<M> Run<M> {
     pub fn of(machine: M) -> Self {
-        Self { machine, job: None, commands: None }
+        Self {
+            machine,
+            job: None,
+            commands: None,
+        }
     }
 }
 
@@ -41,7 +45,7 @@ where
     M::Outcome: Send + 'static,
 {
     let (hs, stop) = (hs.clone(), hs.stopping());
-    let tracker = hs.tracker();
+    let tracker = hs.tracker().clone();
     let running = tracker.spawn(async move {
         tokio::select! {
             outcome = turn(&hs, run) => Some(outcome),
@@ -56,7 +60,11 @@ where
     M: Machine + Send + 'static,
     M::Outcome: Send + 'static,
 {
-    let Run { mut machine, job, mut commands } = run;
+    let Run {
+        mut machine,
+        job,
+        mut commands,
+    } = run;
     let (sender, mut inputs) = mpsc::channel(INPUTS_MAX);
     let mut asks = tokio::task::JoinSet::new();
     loop {
@@ -103,9 +111,11 @@ async fn next_command<M>(commands: &mut Option<mpsc::Receiver<Command<M>>>) -> O
     command
 }
 
-async fn wait_until(hs: &Homeserver, deadline: Option<Now>) {
-    let Some(deadline) = deadline else { return std::future::pending().await };
-    let wait = deadline.since_start.saturating_sub(hs.clock().now().since_start);
+async fn wait_until(hs: &Homeserver, deadline: Option<Duration>) {
+    let Some(deadline) = deadline else {
+        return std::future::pending().await;
+    };
+    let wait = deadline.saturating_sub(hs.clock().now().since_start);
     // A deadline in the past still lets inputs that are here already go first.
     tokio::time::sleep(wait.max(Duration::from_micros(1))).await;
 }
@@ -135,27 +145,53 @@ fn execute(
 ) {
     let (hs, inputs) = (hs.clone(), inputs.clone());
     match effect {
-        Effect::Ask { ticket, to, ask, timeout } => {
+        Effect::Ask {
+            ticket,
+            to,
+            ask,
+            timeout,
+        } => {
             asks.spawn(async move {
                 let parts = inputs.clone();
                 let from = to.clone();
                 let answer = hs
                     .client()
-                    .ask(&to, &ask, timeout, async move |section, pdus| {
-                        let part = Input::Part { ticket, from: from.clone(), section, pdus };
-                        let _machine_is_done = parts.send(part).await;
+                    .ask(&to, &ask, timeout, |section, pdus| {
+                        let part = Input::Part {
+                            ticket,
+                            from: from.clone(),
+                            section,
+                            pdus,
+                        };
+                        let parts = parts.clone();
+                        async move {
+                            let _machine_is_done = parts.send(part).await;
+                        }
                     })
                     .await;
-                let _machine_is_done = inputs.send(Input::Answered { ticket, from: to, answer }).await;
+                let _machine_is_done = inputs
+                    .send(Input::Answered {
+                        ticket,
+                        from: to,
+                        answer,
+                    })
+                    .await;
             });
         }
         Effect::Load { ticket, room, load } => {
             asks.spawn(async move {
-                let loaded = persist(ticket, || storage::load::load(hs.store(), &room, load.clone())).await;
+                let loaded = persist(ticket, || {
+                    storage::load::load(hs.store(), &room, load.clone())
+                })
+                .await;
                 let _machine_is_done = inputs.send(Input::Loaded { ticket, loaded }).await;
             });
         }
-        Effect::Check { ticket, version, pdus } => {
+        Effect::Check {
+            ticket,
+            version,
+            pdus,
+        } => {
             asks.spawn(async move {
                 let pdus = checks::check(&hs, version, pdus).await;
                 let _machine_is_done = inputs.send(Input::Checked { ticket, pdus }).await;
@@ -163,7 +199,8 @@ fn execute(
         }
         // Not among the asks: a commit under way is finished and followed up even if the run ends.
         Effect::Commit { ticket, writes } => {
-            hs.tracker().spawn(async move {
+            let tracker = hs.tracker().clone();
+            tracker.spawn(async move {
                 let outcome = persist(ticket, || hs.commit((*writes).clone())).await;
                 let _machine_is_done = inputs.send(Input::Committed { ticket, outcome }).await;
             });
@@ -195,8 +232,8 @@ impl Homeserver {
     fn tell(&self, job: Option<i64>, tell: Tell) {
         match tell {
             Tell::Progress { room, step } => self.jobs().progress(&room, job, step),
-            Tell::StartResync { room } => self.tasks().start_resync(self, room),
-            Tell::PrefetchKeys { servers } => self.prefetch_keys(servers),
+            Tell::StartResync { room } => self.tasks().start_resync(room),
+            Tell::PrefetchKeys { servers } => self.keys().prefetch(servers),
         }
     }
 }

@@ -27,7 +27,10 @@ pub struct Board {
 
 impl Default for Board {
     fn default() -> Self {
-        Self { open: Arc::default(), feed: broadcast::channel(FEED_MAX).0 }
+        Self {
+            open: Arc::default(),
+            feed: broadcast::channel(FEED_MAX).0,
+        }
     }
 }
 
@@ -66,7 +69,9 @@ impl Jobs<'_> {
         };
         let (room, user) = (room.clone(), user.clone());
         store
-            .write(move |c| queues::create_job(c, number, "join", &room, Some(&user), "resolving", now))
+            .write(move |c| {
+                queues::create_job(c, number, "join", &room, Some(&user), "resolving", now)
+            })
             .await?;
         self.lock().insert(number, job);
         Ok(number)
@@ -74,18 +79,31 @@ impl Jobs<'_> {
 
     /// At boot: the jobs that go on.
     pub(crate) async fn resume(&self) -> storage::Result<()> {
-        let jobs = self.hs.store().read(|c| queues::jobs(c, true, 10_000)).await?;
-        self.lock().extend(jobs.into_iter().map(|job| (job.number, job)));
+        let jobs = self
+            .hs
+            .store()
+            .read(|c| queues::jobs(c, true, 10_000))
+            .await?;
+        self.lock()
+            .extend(jobs.into_iter().map(|job| (job.number, job)));
         Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<i64, Job>> {
-        self.hs.board().open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hs
+            .board()
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All that go on, and the last that ended.
     pub async fn list(&self, limit: i64) -> storage::Result<Vec<Job>> {
-        let mut jobs = self.hs.store().read(move |c| queues::jobs(c, false, limit)).await?;
+        let mut jobs = self
+            .hs
+            .store()
+            .read(move |c| queues::jobs(c, false, limit))
+            .await?;
         let open = self.lock();
         for job in &mut jobs {
             if let Some(newer) = open.get(&job.number) {
@@ -105,7 +123,11 @@ impl Jobs<'_> {
     /// The job under which a room is being completed.
     fn of_room(&self, room: &RoomId) -> Option<i64> {
         let open = self.lock();
-        let mut found: Vec<_> = open.values().filter(|job| job.room_id == *room).map(|job| job.number).collect();
+        let mut found: Vec<_> = open
+            .values()
+            .filter(|job| job.room_id == *room)
+            .map(|job| job.number)
+            .collect();
         found.sort_unstable();
         found.first().copied()
     }
@@ -113,51 +135,55 @@ impl Jobs<'_> {
     /// A machine says how far it is.
     pub(crate) fn progress(&self, room: &RoomId, job: Option<i64>, step: Step) {
         tracing::info!(%room, ?job, ?step, "join");
-        let Some(number) = job.or_else(|| self.of_room(room)) else { return };
+        let Some(number) = job.or_else(|| self.of_room(room)) else {
+            return;
+        };
         let mut attempt = None;
-        self.change(number, |job| {
-            match step {
-                Step::Asking { server, nth, of } => {
-                    job.state = "asking".to_owned();
-                    job.donor = Some(server.to_string());
-                    job.progress = json!({ "nth": nth, "of": of }).to_string();
-                    attempt = Some((server.to_string(), "asked".to_owned()));
-                }
-                Step::Accepted { by } => {
-                    job.state = "accepted".to_owned();
-                    job.donor = Some(by.to_string());
-                }
-                Step::Verifying { have } => {
-                    job.state = "verifying".to_owned();
-                    job.progress = json!({ "have": have }).to_string();
-                }
-                Step::Usable { partial } => {
-                    job.state = if partial { "usable" } else { "full" }.to_owned();
-                }
-                Step::Resyncing { from, have, want } => {
-                    job.state = "resyncing".to_owned();
-                    job.donor = Some(from.to_string());
-                    job.progress = json!({ "have": have, "want": want }).to_string();
-                }
-                Step::Retrying { reason, in_ms } => {
-                    job.last_error = Some(reason.clone());
-                    job.progress = json!({ "next_attempt_in_ms": in_ms }).to_string();
-                    attempt = Some((job.donor.clone().unwrap_or_default(), reason));
-                }
-                Step::Full => job.state = "full".to_owned(),
+        self.change(number, |job| match step {
+            Step::Asking { server, nth, of } => {
+                job.state = "asking".to_owned();
+                job.donor = Some(server.to_string());
+                job.progress = json!({ "nth": nth, "of": of }).to_string();
+                attempt = Some((server.to_string(), "asked".to_owned()));
             }
+            Step::Accepted { by } => {
+                job.state = "accepted".to_owned();
+                job.donor = Some(by.to_string());
+            }
+            Step::Verifying { have } => {
+                job.state = "verifying".to_owned();
+                job.progress = json!({ "have": have }).to_string();
+            }
+            Step::Usable { partial } => {
+                job.state = if partial { "usable" } else { "full" }.to_owned();
+            }
+            Step::Resyncing { from, have, want } => {
+                job.state = "resyncing".to_owned();
+                job.donor = Some(from.to_string());
+                job.progress = json!({ "have": have, "want": want }).to_string();
+            }
+            Step::Retrying { reason, in_ms } => {
+                job.last_error = Some(reason.clone());
+                job.progress = json!({ "next_attempt_in_ms": in_ms }).to_string();
+                attempt = Some((job.donor.clone().unwrap_or_default(), reason));
+            }
+            Step::Full => job.state = "full".to_owned(),
         });
         if let Some((server, outcome)) = attempt {
             let (store, now) = (self.hs.store().clone(), self.hs.clock().unix_ms());
             self.hs.tracker().spawn(async move {
-                let recorded =
-                    store.write(move |c| queues::record_attempt(c, number, &server, now, &outcome)).await;
+                let recorded = store
+                    .write(move |c| queues::record_attempt(c, number, &server, now, &outcome))
+                    .await;
                 if let Err(error) = recorded {
                     tracing::warn!(%error, "an attempt was not recorded");
                 }
             });
         }
-        let full = self.lock().get(&number).is_some_and(|job| job.state == "full");
+        let full = self
+            .lock()
+            .get(&number)
+            .is_some_and(|job| job.state == "full");
         if full {
             self.close_room(room, "full");
         }
@@ -165,8 +191,12 @@ impl Jobs<'_> {
 
     /// All open jobs of a room end together: it is full, or gone.
     pub(crate) fn close_room(&self, room: &RoomId, state: &str) {
-        let numbers: Vec<i64> =
-            self.lock().values().filter(|job| job.room_id == *room).map(|job| job.number).collect();
+        let numbers: Vec<i64> = self
+            .lock()
+            .values()
+            .filter(|job| job.room_id == *room)
+            .map(|job| job.number)
+            .collect();
         for number in numbers {
             self.close(number, state, None);
         }
@@ -187,7 +217,9 @@ impl Jobs<'_> {
         let now = self.hs.clock().unix_ms();
         let changed = {
             let mut open = self.lock();
-            let Some(job) = open.get_mut(&number) else { return };
+            let Some(job) = open.get_mut(&number) else {
+                return;
+            };
             let before = job.state.clone();
             change(job);
             job.updated_ms = now;

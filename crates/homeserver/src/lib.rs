@@ -7,23 +7,33 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
+mod checks;
 pub mod clock;
+mod commit;
 pub mod config;
 pub mod devices;
+mod drive;
 pub mod error;
+pub mod jobs;
 pub mod limits;
 pub mod notifier;
+pub mod outgoing;
 mod passwords;
 pub mod profiles;
+pub mod rooms;
 pub mod server_keys;
 pub mod shared_secret;
+pub mod tasks;
 pub mod uia;
 
 use std::sync::Arc;
 
 use federation::{Client, KeyRing, OldKey, Transport, UnixClock};
 use protocol::signature::SigningKey;
+use room::template::Own;
 use storage::Store;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::appservice::Appservices;
 use crate::clock::Clock;
@@ -56,6 +66,13 @@ struct Inner {
     uia: uia::Sessions,
     limits: limits::RateLimits,
     nonces: shared_secret::Nonces,
+    own: Own,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+    queues: outgoing::Queues,
+    board: jobs::Board,
+    handshakes: rooms::Handshakes,
+    running: tasks::Running,
 }
 
 impl Homeserver {
@@ -66,6 +83,10 @@ impl Homeserver {
         appservices: Appservices,
         wire: Wire,
     ) -> Self {
+        let own = Own {
+            name: config.server_name.clone(),
+            key: Arc::new(wire.key.clone()),
+        };
         let client = Client::new(wire.transport, config.server_name.clone(), wire.key);
         let unix_ms: UnixClock = {
             let clock = clock.clone();
@@ -92,6 +113,13 @@ impl Homeserver {
                 uia: uia::Sessions::default(),
                 limits,
                 nonces: shared_secret::Nonces::default(),
+                own,
+                tracker: TaskTracker::new(),
+                stop: CancellationToken::new(),
+                queues: outgoing::Queues::default(),
+                board: jobs::Board::default(),
+                handshakes: rooms::Handshakes::default(),
+                running: tasks::Running::default(),
             }),
         }
     }
@@ -124,5 +152,43 @@ impl Homeserver {
 
     pub fn notifier(&self) -> &Notifier {
         &self.inner.notifier
+    }
+
+    /// Our name and signing key.
+    pub fn own(&self) -> &Own {
+        &self.inner.own
+    }
+
+    /// Background work that a stop waits for.
+    pub fn tracker(&self) -> &TaskTracker {
+        &self.inner.tracker
+    }
+
+    /// Ends when the server stops.
+    pub fn stopping(&self) -> CancellationToken {
+        self.inner.stop.clone()
+    }
+
+    /// Ends background work; returns when it has ended. What was under way goes on at the next start.
+    pub async fn stop(&self) {
+        self.inner.stop.cancel();
+        self.inner.tracker.close();
+        self.inner.tracker.wait().await;
+    }
+
+    pub(crate) fn queues(&self) -> &outgoing::Queues {
+        &self.inner.queues
+    }
+
+    pub(crate) fn board(&self) -> &jobs::Board {
+        &self.inner.board
+    }
+
+    pub(crate) fn handshakes(&self) -> &rooms::Handshakes {
+        &self.inner.handshakes
+    }
+
+    pub(crate) fn running(&self) -> &tasks::Running {
+        &self.inner.running
     }
 }

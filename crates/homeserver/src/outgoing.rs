@@ -23,7 +23,6 @@ const EDUS_MAX: usize = 100;
 const PASSING_MAX: usize = 200;
 /// While a destination is away, so many PDUs are kept for it; beyond, the newest of each room (P-44).
 const KEEP_MAX: i64 = 500;
-const SEND_TIMEOUT: Duration = Duration::from_secs(60);
 /// The first pause after a failure, doubled each time up to the longest.
 const PAUSE_FIRST_MS: i64 = 1_000;
 const PAUSE_MAX_MS: i64 = 3_600_000;
@@ -86,14 +85,21 @@ impl Outgoing<'_> {
         let servers = self.others(servers);
         let edu = json!({ "edu_type": kind, "content": content }).to_string();
         let to = servers.clone();
-        self.hs.store().write(move |c| queues::enqueue_edu(c, &edu, &to)).await?;
+        self.hs
+            .store()
+            .write(move |c| queues::enqueue_edu(c, &edu, &to))
+            .await?;
         self.start(self.hs, &servers);
         Ok(())
     }
 
     fn others(&self, servers: &[ServerName]) -> Vec<ServerName> {
         let own = &self.hs.config().server_name;
-        servers.iter().filter(|server| *server != own).cloned().collect()
+        servers
+            .iter()
+            .filter(|server| *server != own)
+            .cloned()
+            .collect()
     }
 
     /// Makes sure that these destinations have a worker, and wakes it.
@@ -160,7 +166,11 @@ async fn work(hs: &Homeserver, server: ServerName) {
         match sent {
             Sent::Something => {}
             Sent::Nothing => {
-                if tokio::time::timeout(IDLE_MAX, wakeups.next()).await.is_err() && retire(hs, &server) {
+                if tokio::time::timeout(IDLE_MAX, wakeups.next())
+                    .await
+                    .is_err()
+                    && retire(hs, &server)
+                {
                     return;
                 }
             }
@@ -205,7 +215,10 @@ enum Sent {
 async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> storage::Result<Sent> {
     let asked = server.clone();
     let limit = i64::try_from(PDUS_MAX + EDUS_MAX).unwrap_or(i64::MAX);
-    let waiting = hs.store().read(move |c| queues::waiting(c, &asked, limit)).await?;
+    let waiting = hs
+        .store()
+        .read(move |c| queues::waiting(c, &asked, limit))
+        .await?;
     let batch = Batch::of(waiting);
     let passing: Vec<Value> = {
         let mut workers = lock(&hs.queues().workers);
@@ -220,7 +233,7 @@ async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> sto
     // The time makes it different from those of an earlier life of this server.
     let txn_id = format!("{}-{}", hs.clock().unix_ms(), counter);
     let body = batch.body(&hs.config().server_name, hs.clock().unix_ms(), passing);
-    match hs.client().send_transaction(server, &txn_id, &body, SEND_TIMEOUT).await {
+    match hs.client().send_transaction(server, &txn_id, &body).await {
         Ok(answer) => {
             complain(server, &answer);
             settle(hs, server, batch.numbers).await?;
@@ -291,7 +304,10 @@ async fn settle(hs: &Homeserver, server: &ServerName, numbers: Vec<i64>) -> stor
     hs.store()
         .write(move |c| {
             queues::sent(c, &server, &numbers)?;
-            let fine = Destination { last_success_ms: Some(now), ..Destination::default() };
+            let fine = Destination {
+                last_success_ms: Some(now),
+                ..Destination::default()
+            };
             match queues::destination(c, &server)? {
                 Some(state) if state.failing_since_ms.is_none() && !numbers.is_empty() => Ok(()),
                 _ => queues::save_destination(c, &server, &fine),
@@ -301,14 +317,20 @@ async fn settle(hs: &Homeserver, server: &ServerName, numbers: Vec<i64>) -> stor
 }
 
 /// Records the failure; how long to pause.
-async fn failed(hs: &Homeserver, server: &ServerName, only_passing: bool) -> storage::Result<Duration> {
+async fn failed(
+    hs: &Homeserver,
+    server: &ServerName,
+    only_passing: bool,
+) -> storage::Result<Duration> {
     let to = server.clone();
     let now = hs.clock().unix_ms();
     let interval = hs
         .store()
         .write(move |c| {
             let mut state = queues::destination(c, &to)?.unwrap_or_default();
-            let interval = state.interval_ms.map_or(PAUSE_FIRST_MS, |last| (last * 2).min(PAUSE_MAX_MS));
+            let interval = state
+                .interval_ms
+                .map_or(PAUSE_FIRST_MS, |last| (last * 2).min(PAUSE_MAX_MS));
             state.failing_since_ms.get_or_insert(now);
             state.interval_ms = Some(interval);
             state.retry_at_ms = Some(now + interval);
@@ -319,11 +341,16 @@ async fn failed(hs: &Homeserver, server: &ServerName, only_passing: bool) -> sto
         .await?;
     if only_passing {
         // Nothing on disk waits for it; the next EDU starts a worker again.
-        lock(&hs.queues().workers).entry(server.clone()).or_default().clear();
+        lock(&hs.queues().workers)
+            .entry(server.clone())
+            .or_default()
+            .clear();
     }
     // Some spread, so that not all servers of a dead proxy are tried in the same second.
     let spread = rand::random_range(0..=interval / 4);
-    Ok(Duration::from_millis(u64::try_from(interval + spread).unwrap_or(0)))
+    Ok(Duration::from_millis(
+        u64::try_from(interval + spread).unwrap_or(0),
+    ))
 }
 
 #[cfg(test)]
@@ -332,13 +359,28 @@ mod tests {
 
     #[test]
     fn a_batch_keeps_the_order_and_the_limits() {
-        let pdu = |number| Waiting { number, what: Cargo::Pdu("{}".to_owned()) };
-        let edu = |number| Waiting { number, what: Cargo::Edu("{}".to_owned()) };
+        let pdu = |number| Waiting {
+            number,
+            what: Cargo::Pdu("{}".to_owned()),
+        };
+        let edu = |number| Waiting {
+            number,
+            what: Cargo::Edu("{}".to_owned()),
+        };
         let waiting: Vec<_> = (0..60).map(pdu).chain([edu(60)]).collect();
         let batch = Batch::of(waiting);
         assert_eq!((batch.pdus.len(), batch.edus.len()), (50, 0));
         assert_eq!(batch.numbers, (0..50).collect::<Vec<_>>());
-        let purged = Batch::of(vec![Waiting { number: 1, what: Cargo::Pdu(String::new()) }, edu(2)]);
-        assert_eq!((purged.pdus.len(), purged.edus.len(), purged.numbers.len()), (0, 1, 2));
+        let purged = Batch::of(vec![
+            Waiting {
+                number: 1,
+                what: Cargo::Pdu(String::new()),
+            },
+            edu(2),
+        ]);
+        assert_eq!(
+            (purged.pdus.len(), purged.edus.len(), purged.numbers.len()),
+            (0, 1, 2)
+        );
     }
 }

@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use protocol::id::{EventId, RoomAlias, RoomId, ServerName, UserId};
 use protocol::room_version::RoomVersion;
+use rand::RngExt as _;
+use rand::distr::Alphanumeric;
 use room::candidates;
-use room::effect::{Head, Load, Loaded};
+use room::effect::{AskError, Head, Load, Loaded};
 use room::join::{Join, JoinOptions, JoinRequest, Joined};
 use room::refusal::Refusal;
 use room::restricted::{Allowed, AllowedRooms};
@@ -23,8 +25,8 @@ use crate::Homeserver;
 use crate::drive::{Command, Run, drive};
 use crate::error::{MatrixError, Result};
 
-/// Bytes of chance in a room id of versions 1 to 11.
-const ROOM_ID_BYTES: usize = 13;
+/// Characters of chance in a room id of versions 1 to 11.
+const ROOM_ID_CHARS: usize = 18;
 /// Times that a restricted join is asked anew because the rule changed under it.
 const RULE_ROUNDS_MAX: u32 = 3;
 
@@ -51,7 +53,11 @@ impl From<Draft> for send::Draft {
             content: draft.content,
             redacts: draft.redacts,
             origin_server_ts: draft.origin_server_ts,
-            transaction: draft.txn.map(|(device, txn_id)| Transaction { user, device, txn_id }),
+            transaction: draft.txn.map(|(device, txn_id)| Transaction {
+                user,
+                device,
+                txn_id,
+            }),
         }
     }
 }
@@ -133,20 +139,30 @@ impl Rooms<'_> {
             .store()
             .read(move |c| {
                 let all = storage::sync_reads::memberships(c, &user)?;
-                Ok(all.into_iter().find(|m| m.room == room).map(|m| m.membership))
+                Ok(all
+                    .into_iter()
+                    .find(|m| m.room == room)
+                    .map(|m| m.membership))
             })
             .await
     }
 
     /// How a user stands in the rooms that a restricted rule allows.
-    pub(crate) async fn allowed(&self, user: &UserId, rooms: Vec<RoomId>) -> storage::Result<AllowedRooms> {
+    pub(crate) async fn allowed(
+        &self,
+        user: &UserId,
+        rooms: Vec<RoomId>,
+    ) -> storage::Result<AllowedRooms> {
         let mut allowed = BTreeMap::new();
         for room in rooms {
             let seen = match self.head(&room).await? {
                 Some(head) if !head.local_joined.is_empty() => {
                     let (asked, who) = (room.clone(), user.clone());
-                    let joined =
-                        self.hs.store().read(move |c| storage::sync_reads::is_joined(c, &asked, &who)).await?;
+                    let joined = self
+                        .hs
+                        .store()
+                        .read(move |c| storage::sync_reads::is_joined(c, &asked, &who))
+                        .await?;
                     match (joined, head.partial) {
                         (true, _) => Allowed::Joined,
                         (false, None) => Allowed::NotJoined,
@@ -179,19 +195,30 @@ impl Rooms<'_> {
         match self.try_send(drafts, room).await? {
             Ok(sent) => Ok(sent),
             Err(Unsent::Refused(refusal)) => Err(refusal.into()),
-            Err(Unsent::AskAllowed(_) | Unsent::JoinRemotely(_)) => {
-                Err(MatrixError::forbidden("The room's join rules do not let you in"))
-            }
+            Err(Unsent::AskAllowed(_) | Unsent::JoinRemotely(_)) => Err(MatrixError::forbidden(
+                "The room's join rules do not let you in",
+            )),
         }
     }
 
     /// Sends, answering what a restricted join wants to know of other rooms.
-    async fn try_send(&self, drafts: Vec<send::Draft>, room: &RoomId) -> Result<std::result::Result<Sent, Unsent>> {
+    async fn try_send(
+        &self,
+        drafts: Vec<send::Draft>,
+        room: &RoomId,
+    ) -> Result<std::result::Result<Sent, Unsent>> {
         let mut allowed = None;
         for _ in 0..RULE_ROUNDS_MAX {
-            let machine =
-                Send::new(self.hs.own().clone(), room.clone(), drafts.clone(), allowed.take(), self.hs.clock().now());
-            let sent = drive(self.hs, Run::of(machine)).await.ok_or_else(stopping)?;
+            let machine = Send::new(
+                self.hs.own().clone(),
+                room.clone(),
+                drafts.clone(),
+                allowed.take(),
+                self.hs.clock().now(),
+            );
+            let sent = drive(self.hs, Run::of(machine))
+                .await
+                .ok_or_else(stopping)?;
             match (sent, drafts.first()) {
                 (Err(Unsent::AskAllowed(rooms)), Some(first)) => {
                     allowed = Some(self.allowed(&first.sender, rooms).await?);
@@ -199,24 +226,46 @@ impl Rooms<'_> {
                 (sent, _) => return Ok(sent),
             }
         }
-        Err(MatrixError::forbidden("The room's join rules keep changing"))
+        Err(MatrixError::forbidden(
+            "The room's join rules keep changing",
+        ))
     }
 
     /// Makes a room. The first draft is its create event; all are stored in one commit.
-    pub async fn create(&self, creator: &UserId, version: RoomVersion, drafts: Vec<Draft>) -> Result<RoomId> {
+    pub async fn create(
+        &self,
+        creator: &UserId,
+        version: RoomVersion,
+        drafts: Vec<Draft>,
+    ) -> Result<RoomId> {
         let name = &self.hs.config().server_name;
-        let room = match version.rules().room_id_is_hash {
+        let room = match version.rules().room_id_is_create_hash {
             true => None,
             false => {
-                let chance: [u8; ROOM_ID_BYTES] = rand::random();
-                let opaque = crate::accounts::random_text(&chance);
-                Some(RoomId::parse(&format!("!{opaque}:{name}")).map_err(|_| MatrixError::internal("No room id"))?)
+                let opaque: String = rand::rng()
+                    .sample_iter(Alphanumeric)
+                    .take(ROOM_ID_CHARS)
+                    .map(char::from)
+                    .collect();
+                let room = RoomId::parse(&format!("!{opaque}:{name}"));
+                Some(room.map_err(|_| {
+                    MatrixError::internal("The server's name is too long for a room id")
+                })?)
             }
         };
         tracing::debug!(%creator, version = version.as_str(), "creating a room");
         let drafts = drafts.into_iter().map(Into::into).collect();
-        let machine = Send::create(self.hs.own().clone(), version, room, drafts, self.hs.clock().now())?;
-        match drive(self.hs, Run::of(machine)).await.ok_or_else(stopping)? {
+        let machine = Send::create(
+            self.hs.own().clone(),
+            version,
+            room,
+            drafts,
+            self.hs.clock().now(),
+        )?;
+        match drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)?
+        {
             Ok(sent) => Ok(sent.room),
             Err(Unsent::Refused(refusal)) => Err(refusal.into()),
             Err(_) => Err(MatrixError::internal("A new room asked for other rooms")),
@@ -226,10 +275,19 @@ impl Rooms<'_> {
     /// Tells every room of a user about a changed profile (J-18: never waits for a resync).
     pub async fn update_profile(&self, user: &UserId) -> Result<()> {
         let who = user.clone();
-        let rooms = self.hs.store().read(move |c| storage::sync_reads::memberships(c, &who)).await?;
+        let rooms = self
+            .hs
+            .store()
+            .read(move |c| storage::sync_reads::memberships(c, &who))
+            .await?;
         let member = self.member(user, None).await?;
         for joined in rooms.into_iter().filter(|m| m.membership == "join") {
-            let draft = send::Draft::state(user.clone(), "m.room.member", user.as_str(), content_of("join", &member));
+            let draft = send::Draft::state(
+                user.clone(),
+                "m.room.member",
+                user.as_str(),
+                content_of("join", &member),
+            );
             if let Err(error) = self.send_all(vec![draft], &joined.room).await {
                 tracing::warn!(%user, room = %joined.room, %error, "a room did not take the new profile");
             }
@@ -241,7 +299,11 @@ impl Rooms<'_> {
     async fn member(&self, user: &UserId, reason: Option<String>) -> Result<Member> {
         let profile = self.hs.local_profile(user).await?.unwrap_or_default();
         let text = |key: &str| profile.get(key).and_then(Value::as_str).map(str::to_owned);
-        Ok(Member { displayname: text("displayname"), avatar_url: text("avatar_url"), reason })
+        Ok(Member {
+            displayname: text("displayname"),
+            avatar_url: text("avatar_url"),
+            reason,
+        })
     }
 }
 
@@ -271,12 +333,9 @@ impl Rooms<'_> {
         target: &str,
         via: Vec<ServerName>,
         reason: Option<String>,
-        third_party_signed: Option<Value>,
+        _third_party_signed: Option<Value>,
     ) -> Result<RoomId> {
         let (room, servers) = self.resolve(target, via).await?;
-        if let Some(signed) = third_party_signed {
-            self.exchange_third_party_invite(&room, user, signed).await?;
-        }
         let member = self.member(user, reason).await?;
         if let Some(joined) = self.join_locally(&room, user, &member, &servers).await? {
             return joined.map(|()| room);
@@ -288,7 +347,9 @@ impl Rooms<'_> {
             return joined.map(|()| room);
         }
         let head = self.head(&room).await?;
-        let candidates = self.candidates(&room, user, servers, head.as_deref()).await?;
+        let candidates = self
+            .candidates(&room, user, servers, head.as_deref())
+            .await?;
         self.join_remotely(room, user, member, candidates).await
     }
 
@@ -300,18 +361,29 @@ impl Rooms<'_> {
         member: &Member,
         via: &[ServerName],
     ) -> Result<Option<Result<()>>> {
-        let Some(head) = self.head(room).await?.filter(|head| !head.local_joined.is_empty()) else {
+        let Some(head) = self
+            .head(room)
+            .await?
+            .filter(|head| !head.local_joined.is_empty())
+        else {
             return Ok(None);
         };
         let membership = self.membership(room, user).await?;
         if membership.as_deref() == Some("ban") {
-            return Ok(Some(Err(MatrixError::forbidden("You are banned from this room"))));
+            return Ok(Some(Err(MatrixError::forbidden(
+                "You are banned from this room",
+            ))));
         }
         // What we see of a partial room may hide a ban: a full server must vet the join (J-17).
         if head.partial.is_some() && membership.as_deref() != Some("join") {
             return Ok(None);
         }
-        let draft = send::Draft::state(user.clone(), "m.room.member", user.as_str(), content_of("join", member));
+        let draft = send::Draft::state(
+            user.clone(),
+            "m.room.member",
+            user.as_str(),
+            content_of("join", member),
+        );
         match self.try_send(vec![draft], room).await? {
             Ok(_) => Ok(Some(Ok(()))),
             Err(Unsent::JoinRemotely(servers)) => {
@@ -319,11 +391,15 @@ impl Rooms<'_> {
                 let candidates = candidates::order(sources, &self.hs.config().server_name);
                 let lock = self.hs.handshakes().lock_of(room);
                 let _one_at_a_time = lock.lock_owned().await;
-                let joined = self.join_remotely(room.clone(), user, member.clone(), candidates).await;
+                let joined = self
+                    .join_remotely(room.clone(), user, member.clone(), candidates)
+                    .await;
                 Ok(Some(joined.map(|_| ())))
             }
             Err(Unsent::Refused(refusal)) => Ok(Some(Err(refusal.into()))),
-            Err(Unsent::AskAllowed(_)) => Ok(Some(Err(MatrixError::forbidden("You may not join this room")))),
+            Err(Unsent::AskAllowed(_)) => Ok(Some(Err(MatrixError::forbidden(
+                "You may not join this room",
+            )))),
         }
     }
 
@@ -363,7 +439,9 @@ impl Rooms<'_> {
         candidates: Vec<ServerName>,
     ) -> Result<RoomId> {
         if candidates.is_empty() {
-            return Err(MatrixError::not_found("No servers that are in the room have been provided"));
+            return Err(MatrixError::not_found(
+                "No servers that are in the room have been provided",
+            ));
         }
         let job = self.hs.jobs().open(&room, user).await?;
         let request = JoinRequest {
@@ -374,15 +452,20 @@ impl Rooms<'_> {
             job,
             device_lists_at: self.device_lists_at().await?,
         };
-        let options = JoinOptions { race_send_join: self.hs.config().join.race_send_join };
-        let machine = Join::new(self.hs.own().clone(), request, options, rand::random());
+        let options = JoinOptions {
+            race_send_join: self.hs.config().join.race_send_join,
+        };
+        let machine = Join::new(self.hs.own().clone(), request, options);
         let outcome = self.run_join(machine, job).await?;
         self.after_join(&room, user, job, outcome).map(|()| room)
     }
 
     async fn device_lists_at(&self) -> storage::Result<i64> {
         use storage::streams::{Stream, position};
-        self.hs.store().read(|c| position(c, Stream::DeviceLists)).await
+        self.hs
+            .store()
+            .read(|c| position(c, Stream::DeviceLists))
+            .await
     }
 
     pub(crate) async fn run_join(
@@ -392,17 +475,40 @@ impl Rooms<'_> {
     ) -> Result<std::result::Result<Joined, Refusal>> {
         let (sender, commands) = tokio::sync::mpsc::channel(1);
         let cancels = &self.hs.handshakes().cancels;
-        cancels.lock().unwrap_or_else(PoisonError::into_inner).insert(job, sender);
-        let outcome = drive(self.hs, Run { machine, job: Some(job), commands: Some(commands) }).await;
-        cancels.lock().unwrap_or_else(PoisonError::into_inner).remove(&job);
+        cancels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(job, sender);
+        let outcome = drive(
+            self.hs,
+            Run {
+                machine,
+                job: Some(job),
+                commands: Some(commands),
+            },
+        )
+        .await;
+        cancels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&job);
         outcome.ok_or_else(stopping)
     }
 
     /// Takes a join back as far as it still can be. `false` when no such join is under way.
     pub fn cancel_join(&self, job: i64) -> bool {
-        let cancels = self.hs.handshakes().cancels.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = cancels.get(&job) else { return false };
-        sender.try_send(Box::new(|join: &mut Join, _now| join.cancel())).is_ok()
+        let cancels = self
+            .hs
+            .handshakes()
+            .cancels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(sender) = cancels.get(&job) else {
+            return false;
+        };
+        sender
+            .try_send(Box::new(|join: &mut Join, _now| join.cancel()))
+            .is_ok()
     }
 
     pub(crate) fn after_join(
@@ -424,7 +530,9 @@ impl Rooms<'_> {
             }
             Err(refusal) => {
                 tracing::info!(%room, %user, %refusal, "a join failed");
-                self.hs.jobs().close(job, "failed", Some(refusal.to_string()));
+                self.hs
+                    .jobs()
+                    .close(job, "failed", Some(refusal.to_string()));
                 self.hs.tasks().pay_debts();
                 Err(refusal.into())
             }
@@ -432,14 +540,20 @@ impl Rooms<'_> {
     }
 
     /// The room behind an id or alias, and who may know it, best first.
-    pub(crate) async fn resolve(&self, target: &str, via: Vec<ServerName>) -> Result<(RoomId, Vec<ServerName>)> {
+    pub(crate) async fn resolve(
+        &self,
+        target: &str,
+        via: Vec<ServerName>,
+    ) -> Result<(RoomId, Vec<ServerName>)> {
         if target.starts_with('!') {
-            let room = RoomId::parse(target).map_err(|_| MatrixError::invalid_param("That is no room id"))?;
+            let room = RoomId::parse(target)
+                .map_err(|_| MatrixError::invalid_param("That is no room id"))?;
             return Ok((room, via));
         }
-        let alias = RoomAlias::parse(target)
-            .map_err(|_| MatrixError::invalid_param("That is neither a room id nor a room alias"))?;
-        let (room, mut servers) = self.hs.directory().resolve(&alias).await?;
+        let alias = RoomAlias::parse(target).map_err(|_| {
+            MatrixError::invalid_param("That is neither a room id nor a room alias")
+        })?;
+        let (room, mut servers) = self.resolve_alias(&alias).await?;
         // The directory server knows the room, if it says so itself (J-10); the client's own hints come last.
         let directory = alias.server_name();
         if let Some(at) = servers.iter().position(|server| *server == directory) {
@@ -447,5 +561,41 @@ impl Rooms<'_> {
         }
         servers.extend(via);
         Ok((room, servers))
+    }
+
+    /// Where an alias leads, and who is in that room (J-8 to J-11).
+    pub async fn resolve_alias(&self, alias: &RoomAlias) -> Result<(RoomId, Vec<ServerName>)> {
+        let own = &self.hs.config().server_name;
+        let directory = alias.server_name();
+        if directory == *own {
+            let asked = alias.clone();
+            let row = self
+                .hs
+                .store()
+                .read(move |c| storage::directory::alias(c, &asked))
+                .await?;
+            let row = row.ok_or_else(|| MatrixError::not_found("There is no such room alias"))?;
+            let mut servers = self.servers(&row.room).await?;
+            let inside = self
+                .head(&row.room)
+                .await?
+                .is_some_and(|head| !head.local_joined.is_empty());
+            if inside {
+                servers.insert(0, own.clone());
+            }
+            return Ok((row.room, servers));
+        }
+        match self.hs.client().query_directory(&directory, alias).await {
+            Ok(answer) => Ok((answer.room_id, answer.servers)),
+            Err(AskError::Refused { status: 404, .. }) => {
+                Err(MatrixError::not_found("There is no such room alias"))
+            }
+            Err(error) => {
+                tracing::info!(%alias, ?error, "the alias's server gave no answer");
+                Err(MatrixError::bad_gateway(
+                    "The server of this alias can not be asked",
+                ))
+            }
+        }
     }
 }
