@@ -40,7 +40,13 @@ pub enum JsonError {
 /// written as Python's `repr` does, which is what the hashes of such events were made from; integers of
 /// any size stay as they are; the last of equal keys wins.
 pub fn canonicalise(raw: &[u8], strict: bool) -> Result<Vec<u8>, JsonError> {
-    let mut pass = Pass::new(raw, strict)?;
+    let raw = std::str::from_utf8(raw).map_err(|_| JsonError::Utf8)?;
+    canonicalise_str(raw, strict).map(String::into_bytes)
+}
+
+/// As [`canonicalise`], for what is known to be UTF-8.
+pub fn canonicalise_str(raw: &str, strict: bool) -> Result<String, JsonError> {
+    let mut pass = Pass::new(raw, strict);
     pass.space();
     pass.value(1)?;
     pass.end()?;
@@ -49,17 +55,12 @@ pub fn canonicalise(raw: &[u8], strict: bool) -> Result<Vec<u8>, JsonError> {
 
 /// The canonical form of a value made here. Strict.
 pub fn to_canonical(value: &Value) -> Result<String, JsonError> {
-    // Serialising a Value can not fail: its keys are strings.
-    let raw = serde_json::to_vec(value).map_err(|_| JsonError::NotAnObject)?;
-    let bytes = canonicalise(&raw, true)?;
-    String::from_utf8(bytes).map_err(|_| JsonError::Utf8)
+    canonicalise_str(&value.to_string(), true)
 }
 
 /// As [`to_canonical`], in the lenient form for room versions 1 to 5.
 pub fn to_canonical_lenient(value: &Value) -> Result<String, JsonError> {
-    let raw = serde_json::to_vec(value).map_err(|_| JsonError::NotAnObject)?;
-    let bytes = canonicalise(&raw, false)?;
-    String::from_utf8(bytes).map_err(|_| JsonError::Utf8)
+    canonicalise_str(&value.to_string(), false)
 }
 
 /// A canonical object and where its members stand, sorted by key.
@@ -94,8 +95,8 @@ impl Member {
 }
 
 impl Object {
-    pub fn parse(raw: &[u8], strict: bool) -> Result<Self, JsonError> {
-        let mut pass = Pass::new(raw, strict)?;
+    pub fn parse(raw: &str, strict: bool) -> Result<Self, JsonError> {
+        let mut pass = Pass::new(raw, strict);
         pass.space();
         if pass.peek() != Some(b'{') {
             return match pass.value(1).and_then(|()| pass.end()) {
@@ -108,10 +109,39 @@ impl Object {
         let members = std::mem::take(&mut pass.members);
         pass.end()?;
         Ok(Self {
-            // The input was UTF-8, and whole characters were copied or written.
-            text: String::from_utf8(pass.out).map_err(|_| JsonError::Utf8)?,
+            text: pass.out,
             members,
         })
+    }
+
+    /// Takes a text that is canonical already.
+    pub fn index(text: String) -> Self {
+        let members = members(&text).collect();
+        Self { text, members }
+    }
+
+    /// Takes a member out. For keys that need no escape.
+    pub fn remove(&mut self, key: &str) {
+        let Some(at) = self
+            .members
+            .iter()
+            .position(|member| member.key(&self.text) == key)
+        else {
+            return;
+        };
+        let Member { start, end, .. } = self.members.remove(at);
+        // A comma goes with it: the one behind, or before the last member the one in front.
+        let gap = match (at < self.members.len(), at > 0) {
+            (true, _) => start..end + 1,
+            (false, true) => start - 1..end,
+            (false, false) => start..end,
+        };
+        for member in &mut self.members[at..] {
+            member.start -= gap.len();
+            member.value -= gap.len();
+            member.end -= gap.len();
+        }
+        self.text.drain(gap);
     }
 
     /// The value of a key that needs no escape.
@@ -244,30 +274,33 @@ fn escape_of(byte: u8) -> Option<Escape> {
 }
 
 struct Pass<'a> {
-    raw: &'a [u8],
+    raw: &'a str,
     at: usize,
     strict: bool,
-    out: Vec<u8>,
+    out: String,
     /// The members of the objects that are open, innermost last.
     members: Vec<Member>,
-    spare: Vec<u8>,
+    spare: String,
 }
 
 impl<'a> Pass<'a> {
-    fn new(raw: &'a [u8], strict: bool) -> Result<Self, JsonError> {
-        std::str::from_utf8(raw).map_err(|_| JsonError::Utf8)?;
-        Ok(Self {
+    fn new(raw: &'a str, strict: bool) -> Self {
+        Self {
             raw,
             at: 0,
             strict,
-            out: Vec::with_capacity(raw.len()),
+            out: String::with_capacity(raw.len()),
             members: Vec::with_capacity(32),
-            spare: Vec::new(),
-        })
+            spare: String::new(),
+        }
     }
 
     fn peek(&self) -> Option<u8> {
-        self.raw.get(self.at).copied()
+        self.raw.as_bytes().get(self.at).copied()
+    }
+
+    fn rest(&self) -> &'a [u8] {
+        &self.raw.as_bytes()[self.at..]
     }
 
     fn space(&mut self) {
@@ -307,19 +340,19 @@ impl<'a> Pass<'a> {
                 self.array(depth)
             }
             Some(b'-' | b'0'..=b'9') => self.number(),
-            Some(b't') => self.word(b"true"),
-            Some(b'f') => self.word(b"false"),
-            Some(b'n') => self.word(b"null"),
+            Some(b't') => self.word("true"),
+            Some(b'f') => self.word("false"),
+            Some(b'n') => self.word("null"),
             _ => self.syntax(),
         }
     }
 
-    fn word(&mut self, word: &[u8]) -> Result<(), JsonError> {
-        if !self.raw[self.at..].starts_with(word) {
+    fn word(&mut self, word: &str) -> Result<(), JsonError> {
+        if !self.rest().starts_with(word.as_bytes()) {
             return self.syntax();
         }
         self.at += word.len();
-        self.out.extend_from_slice(word);
+        self.out.push_str(word);
         Ok(())
     }
 
@@ -328,11 +361,11 @@ impl<'a> Pass<'a> {
         if depth > DEPTH_MAX {
             return Err(JsonError::Depth);
         }
-        self.out.push(b'[');
+        self.out.push('[');
         self.space();
         if self.peek() == Some(b']') {
             self.at += 1;
-            self.out.push(b']');
+            self.out.push(']');
             return Ok(());
         }
         loop {
@@ -340,10 +373,10 @@ impl<'a> Pass<'a> {
             self.value(depth + 1)?;
             self.space();
             match self.peek() {
-                Some(b',') => self.out.push(b','),
+                Some(b',') => self.out.push(','),
                 Some(b']') => {
                     self.at += 1;
-                    self.out.push(b']');
+                    self.out.push(']');
                     return Ok(());
                 }
                 _ => return self.syntax(),
@@ -358,11 +391,11 @@ impl<'a> Pass<'a> {
             return Err(JsonError::Depth);
         }
         let base = self.members.len();
-        self.out.push(b'{');
+        self.out.push('{');
         self.space();
         if self.peek() == Some(b'}') {
             self.at += 1;
-            self.out.push(b'}');
+            self.out.push('}');
             return Ok(());
         }
         let mut sorted = true;
@@ -379,7 +412,7 @@ impl<'a> Pass<'a> {
                 return self.syntax();
             }
             self.at += 1;
-            self.out.push(b':');
+            self.out.push(':');
             let member = Member {
                 start,
                 value: self.out.len(),
@@ -387,7 +420,7 @@ impl<'a> Pass<'a> {
             };
             if sorted && self.members.len() > base {
                 let last = self.members[self.members.len() - 1];
-                sorted = compare_keys(&self.out, last, member) == Ordering::Less;
+                sorted = compare_keys(self.out.as_bytes(), last, member) == Ordering::Less;
             }
             self.space();
             self.value(depth + 1)?;
@@ -397,7 +430,7 @@ impl<'a> Pass<'a> {
             });
             self.space();
             match self.peek() {
-                Some(b',') => self.out.push(b','),
+                Some(b',') => self.out.push(','),
                 Some(b'}') => break,
                 _ => return self.syntax(),
             }
@@ -407,13 +440,13 @@ impl<'a> Pass<'a> {
         if !sorted {
             self.sort(base)?;
         }
-        self.out.push(b'}');
+        self.out.push('}');
         Ok(())
     }
 
     /// Brings the members from `base` on in order, and their text in `out`.
     fn sort(&mut self, base: usize) -> Result<(), JsonError> {
-        let out = &mut self.out;
+        let out = self.out.as_bytes();
         let members = &mut self.members;
         let begin = members[base].start;
         // Stable, so that of equal keys the last is the last.
@@ -433,8 +466,8 @@ impl<'a> Pass<'a> {
         self.spare.clear();
         for member in &mut members[base..] {
             let start = begin + self.spare.len();
-            self.spare.extend_from_slice(&out[member.start..member.end]);
-            self.spare.push(b',');
+            self.spare.push_str(member.whole(&self.out));
+            self.spare.push(',');
             *member = Member {
                 start,
                 value: start + (member.value - member.start),
@@ -442,28 +475,29 @@ impl<'a> Pass<'a> {
             };
         }
         self.spare.pop();
-        out.truncate(begin);
-        out.extend_from_slice(&self.spare);
+        self.out.truncate(begin);
+        self.out.push_str(&self.spare);
         Ok(())
     }
 
     /// After the opening quote; leaves after the closing one.
     fn string(&mut self) -> Result<(), JsonError> {
-        self.out.push(b'"');
+        self.out.push('"');
         loop {
             let from = self.at;
-            while let Some(&byte) = self.raw.get(self.at) {
-                if PLAIN[usize::from(byte)] {
-                    self.at += 1;
-                } else {
-                    break;
-                }
+            while let Some(word) = self.rest().first_chunk()
+                && are_plain(u64::from_le_bytes(*word))
+            {
+                self.at += 8;
             }
-            self.out.extend_from_slice(&self.raw[from..self.at]);
+            while self.peek().is_some_and(is_plain) {
+                self.at += 1;
+            }
+            self.out.push_str(&self.raw[from..self.at]);
             match self.peek() {
                 Some(b'"') => {
                     self.at += 1;
-                    self.out.push(b'"');
+                    self.out.push('"');
                     return Ok(());
                 }
                 Some(b'\\') => {
@@ -496,16 +530,15 @@ impl<'a> Pass<'a> {
         };
         let escape = u8::try_from(u32::from(character)).ok().and_then(escape_of);
         match escape {
-            Some(Escape::Short(letter)) => self.out.extend_from_slice(&[b'\\', letter]),
+            Some(Escape::Short(letter)) => {
+                self.out.push('\\');
+                self.out.push(char::from(letter));
+            }
             Some(Escape::Hex(digits)) => {
-                self.out.extend_from_slice(b"\\u00");
-                self.out.extend_from_slice(&digits);
+                self.out.push_str("\\u00");
+                self.out.extend(digits.map(char::from));
             }
-            None => {
-                let mut buffer = [0; 4];
-                self.out
-                    .extend_from_slice(character.encode_utf8(&mut buffer).as_bytes());
-            }
+            None => self.out.push(character),
         }
         Ok(())
     }
@@ -518,7 +551,7 @@ impl<'a> Pass<'a> {
             return Ok(character);
         }
         // Half a pair: only a high half directly before a low half stands for something.
-        if first >= 0xdc00 || !self.raw[self.at..].starts_with(b"\\u") {
+        if first >= 0xdc00 || !self.rest().starts_with(b"\\u") {
             return Err(JsonError::Surrogate(start));
         }
         self.at += 2;
@@ -531,12 +564,12 @@ impl<'a> Pass<'a> {
     }
 
     fn four_digits(&mut self) -> Result<u32, JsonError> {
-        let Some(digits) = self.raw.get(self.at..self.at + 4) else {
+        let Some(digits) = self.rest().first_chunk::<4>() else {
             return self.syntax();
         };
         let mut value = 0;
         for &digit in digits {
-            let Some(digit) = (digit as char).to_digit(16) else {
+            let Some(digit) = char::from(digit).to_digit(16) else {
                 return self.syntax();
             };
             value = value * 16 + digit;
@@ -561,7 +594,8 @@ impl<'a> Pass<'a> {
         }
         let first = self.at;
         let count = self.digits();
-        if count == 0 || (count > 1 && self.raw[first] == b'0') {
+        let zero = self.raw[first..].starts_with('0');
+        if count == 0 || (count > 1 && zero) {
             return self.syntax();
         }
         let whole = self.at;
@@ -587,11 +621,10 @@ impl<'a> Pass<'a> {
         if fraction || exponent {
             return self.float(start, fraction);
         }
-        let zero = self.raw[first] == b'0';
         if self.strict {
             // 2^53 - 1 has 16 digits; more than 17 are not looked at.
             let magnitude = self.raw[first..whole]
-                .iter()
+                .bytes()
                 .take(17)
                 .fold(0_u64, |sum, digit| sum * 10 + u64::from(digit - b'0'));
             if count > 16 || magnitude > INTEGER_MAX.unsigned_abs() || (negative && zero) {
@@ -602,13 +635,12 @@ impl<'a> Pass<'a> {
             return Err(JsonError::Number(start));
         }
         let from = if zero { first } else { start };
-        self.out.extend_from_slice(&self.raw[from..whole]);
+        self.out.push_str(&self.raw[from..whole]);
         Ok(())
     }
 
     fn float(&mut self, start: usize, fraction: bool) -> Result<(), JsonError> {
-        let text = std::str::from_utf8(&self.raw[start..self.at]).map_err(|_| JsonError::Utf8)?;
-        let number = match text.parse::<f64>() {
+        let number = match self.raw[start..self.at].parse::<f64>() {
             Ok(number) if number.is_finite() && !self.strict => number,
             _ => return Err(JsonError::Number(start)),
         };
@@ -616,11 +648,10 @@ impl<'a> Pass<'a> {
         let safe = INTEGER_MAX as f64;
         if !fraction && number.trunc() == number && number.abs() <= safe {
             // The specification's own example turns 1e10 into an integer.
-            self.out
-                .extend_from_slice(format!("{}", number + 0.0).as_bytes());
+            self.out.push_str(&(number + 0.0).to_string());
             return Ok(());
         }
-        self.out.extend_from_slice(python_repr(number).as_bytes());
+        self.out.push_str(&python_repr(number));
         Ok(())
     }
 }
@@ -639,18 +670,20 @@ fn python_repr(number: f64) -> String {
     format!("{mantissa}e{sign}{:02}", exponent.unsigned_abs())
 }
 
-/// Bytes of a string that stand for themselves in the input and in the output.
-const PLAIN: [bool; 256] = {
-    let mut table = [true; 256];
-    let mut byte = 0;
-    while byte < 0x20 {
-        table[byte] = false;
-        byte += 1;
-    }
-    table[b'"' as usize] = false;
-    table[b'\\' as usize] = false;
-    table
-};
+/// Whether a byte of a string stands for itself, in the input as in the output.
+fn is_plain(byte: u8) -> bool {
+    byte >= 0x20 && byte != b'"' && byte != b'\\'
+}
+
+/// Whether all of eight bytes do.
+fn are_plain(word: u64) -> bool {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    // The high bit of each byte of `x - n` that borrowed, for bytes below 0x80.
+    let below = |x: u64, n: u64| x.wrapping_sub(ONES * n) & !x;
+    let quote = word ^ (ONES * u64::from(b'"'));
+    let backslash = word ^ (ONES * u64::from(b'\\'));
+    (below(word, 0x20) | below(quote, 1) | below(backslash, 1)) & (ONES << 7) == 0
+}
 
 /// By code point, which is by byte of the unescaped UTF-8.
 fn compare_keys(out: &[u8], a: Member, b: Member) -> Ordering {

@@ -65,7 +65,8 @@ pub(crate) fn object(
     event: &Map<String, Value>,
     version: RoomVersion,
 ) -> Result<Object, JsonError> {
-    let raw = serde_json::to_vec(event).map_err(|_| JsonError::NotAnObject)?;
+    // A map of strings and values can always be written.
+    let raw = serde_json::to_string(event).map_err(|_| JsonError::NotAnObject)?;
     Object::parse(&raw, version.rules().strict_json)
 }
 

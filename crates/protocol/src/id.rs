@@ -34,7 +34,8 @@ macro_rules! id {
             /// rejected (V-20).
             pub(crate) fn parse_oversized(text: &str) -> Result<Self, IdError> {
                 let check: fn(&str) -> bool = $check;
-                if text.chars().count() <= ID_BYTES_MAX && check(text) {
+                let fits = text.len() <= ID_BYTES_MAX || text.chars().count() <= ID_BYTES_MAX;
+                if fits && check(text) {
                     Ok(Self(text.into()))
                 } else {
                     Err(IdError { kind: $kind })

@@ -75,10 +75,8 @@ impl Pdu {
     /// As [`Pdu::parse`], with the bytes that the signatures are of, which it had to make anyway.
     pub fn parse_with_signed(raw: &str, version: RoomVersion) -> Result<(Self, String), PduError> {
         let rules = version.rules();
-        let mut event = Object::parse(raw.as_bytes(), rules.strict_json)?;
-        if event.get("unsigned").is_some() {
-            event = index(hash::without(&event, &["unsigned"]));
-        }
+        let mut event = Object::parse(raw, rules.strict_json)?;
+        event.remove("unsigned");
         if event.text.len() > EVENT_BYTES_MAX {
             return Err(PduError::TooLarge);
         }
@@ -91,7 +89,7 @@ impl Pdu {
         };
         let redacted = !content_hash_is_right(&event);
         if redacted {
-            event = index(write_redacted(&event, &kind, rules, true));
+            event = Object::index(write_redacted(&event, &kind, rules, true));
         }
         let pdu = extract(event, version, event_id, kind, redacted)?;
         Ok((pdu, signed))
@@ -105,7 +103,7 @@ impl Pdu {
         event_id: EventId,
         redacted: bool,
     ) -> Result<Self, PduError> {
-        let event = index(json.to_owned());
+        let event = Object::index(json.to_owned());
         let kind = format::string(&event, "type")?.into_owned();
         extract(event, version, event_id, kind, redacted)
     }
@@ -159,7 +157,7 @@ impl Pdu {
 
     /// What is signed: the redacted event without `signatures`, canonical.
     pub fn signing_bytes(&self) -> String {
-        let event = index(self.json.as_ref().to_owned());
+        let event = Object::index(self.json.as_ref().to_owned());
         write_redacted(&event, &self.kind, self.version.rules(), false)
     }
 
@@ -172,12 +170,6 @@ impl Pdu {
     pub fn origin(&self) -> ServerName {
         self.sender.server_name()
     }
-}
-
-/// An object that is canonical already.
-fn index(text: String) -> Object {
-    let members = canonical_json::members(&text).collect();
-    Object { text, members }
 }
 
 fn content_hash_is_right(event: &Object) -> bool {

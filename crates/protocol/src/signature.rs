@@ -226,7 +226,7 @@ pub fn verify_json(
 /// The canonical object without `signatures` and `unsigned`. Lenient, since a request may carry floats in
 /// EDUs and in events of old room versions, and its sender signed it so.
 fn signed_form(object: &Map<String, Value>) -> Result<String, JsonError> {
-    let raw = serde_json::to_vec(object).map_err(|_| JsonError::NotAnObject)?;
+    let raw = serde_json::to_string(object).map_err(|_| JsonError::NotAnObject)?;
     let object = Object::parse(&raw, false)?;
     Ok(hash::without(&object, &["signatures", "unsigned"]))
 }
