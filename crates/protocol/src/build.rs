@@ -5,6 +5,7 @@
 use base64::Engine as _;
 use serde_json::{Map, Value};
 
+use crate::format;
 use crate::hash::{self, BASE64, BASE64_URL};
 use crate::id::{EventId, RoomId, ServerName, UserId};
 use crate::pdu::{Pdu, PduError};
@@ -120,7 +121,8 @@ fn references(list: &[Reference], rules: &Rules) -> Value {
 }
 
 /// Makes an object an event of ours: a given `event_id`, `hashes`, `signatures` and `unsigned` go; hash,
-/// signature and, in versions 1 and 2, an id come. Completing a template ends here (J-30).
+/// signature and, in versions 1 and 2, an id come. Completing a template ends here (J-30). What goes beyond
+/// a limit is refused even where others' events may (J-33).
 pub fn sign(
     mut event: Map<String, Value>,
     key: &SigningKey,
@@ -140,7 +142,12 @@ pub fn sign(
         "hashes".to_owned(),
         Value::Object(Map::from_iter([("sha256".to_owned(), sha256.into())])),
     );
-    add_signature(event, key, server, version)
+    let pdu = add_signature(event, key, server, version)?;
+    format::check_limits(&pdu)?;
+    if pdu.oversized_field {
+        return Err(PduError::FieldTooLong("type, state_key or an id"));
+    }
+    Ok(pdu)
 }
 
 /// Adds our signature to somebody else's event: an invite, or a restricted join that we authorise.

@@ -57,7 +57,7 @@ pub enum PduError {
     Json(#[from] JsonError),
     #[error("`{0}` is missing or not what an event of this room version has there")]
     Format(&'static str),
-    #[error("`{0}` is too long")]
+    #[error("{0} is too long")]
     FieldTooLong(&'static str),
     #[error("more than {EVENT_BYTES_MAX} bytes")]
     TooLarge,

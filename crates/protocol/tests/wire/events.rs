@@ -589,6 +589,20 @@ fn f17_the_number_of_references_is_checked_only_when_asked() {
     }
 }
 
+#[test]
+fn j33_an_event_of_ours_keeps_every_limit() {
+    let version = RoomVersion::V6;
+    let sign = |event| build::sign(event, &spec_key(), &server("domain"), version).map(|_| ());
+    let mut event = message(version);
+    event.insert("state_key".into(), json!("é".repeat(127)));
+    assert_eq!(sign(event.clone()), Ok(()));
+    event.insert("state_key".into(), json!("é".repeat(128)));
+    assert!(matches!(sign(event), Err(PduError::FieldTooLong(_))));
+    let mut event = message(version);
+    event.insert("prev_events".into(), json!(vec!["$x"; 21]));
+    assert_eq!(sign(event), Err(PduError::TooMany("prev_events")));
+}
+
 // -- hashes, rooms, redactions --------------------------------------------------------------------
 
 #[test]
