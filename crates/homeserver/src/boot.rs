@@ -15,7 +15,9 @@ impl Homeserver {
         self.create_appservice_senders().await?;
         if let Some(token) = self.config().registration_token.clone() {
             self.store()
-                .write(move |c| storage::accounts::put_registration_token(c, &token, TOKEN_USES, None))
+                .write(move |c| {
+                    storage::accounts::put_registration_token(c, &token, TOKEN_USES, None)
+                })
                 .await?;
         }
         self.jobs().resume().await?;
@@ -26,7 +28,9 @@ impl Homeserver {
 
     /// Makes an account from the command line.
     pub async fn create_user(&self, name: &str, password: &str, admin: bool) -> Result<UserId> {
-        let opened = self.register_by_admin(name, password.to_owned(), admin).await?;
+        let opened = self
+            .register_by_admin(name, password.to_owned(), admin)
+            .await?;
         Ok(opened.user)
     }
 }

@@ -25,7 +25,12 @@ pub const BODY_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// Every door of the house.
 pub fn router(homeserver: Homeserver) -> Router {
-    finished(for_clients().merge(federation::routes()).merge(key::routes()), homeserver)
+    finished(
+        for_clients()
+            .merge(federation::routes())
+            .merge(key::routes()),
+        homeserver,
+    )
 }
 
 /// The doors for clients only.

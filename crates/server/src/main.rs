@@ -30,7 +30,11 @@ use crate::config::{RegistrationMode, Settings, Verification};
 const STOP_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Parser)]
-#[command(name = "vestibule", version, about = "A Matrix homeserver that lets people into a room at once")]
+#[command(
+    name = "vestibule",
+    version,
+    about = "A Matrix homeserver that lets people into a room at once"
+)]
 struct Cli {
     /// Settings; later files are laid over earlier ones. Default: ./vestibule.toml, if it is there.
     #[arg(long, short, global = true, value_name = "FILE")]
@@ -79,16 +83,26 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         print!("{}", config::annotated(server_name.as_deref()));
         return Ok(());
     }
-    let files = if cli.config.is_empty() { config::default_files() } else { cli.config.clone() };
+    let files = if cli.config.is_empty() {
+        config::default_files()
+    } else {
+        cli.config.clone()
+    };
     let settings = config::load(&files, config::environment().into_iter())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     match cli.command {
         Command::CheckConfig => {
             prepare(&settings)?;
             println!("The settings are good.");
             Ok(())
         }
-        Command::CreateUser { name, password, admin } => {
+        Command::CreateUser {
+            name,
+            password,
+            admin,
+        } => {
             let password = password.map_or_else(ask_password, Ok)?;
             runtime.block_on(create_user(&settings, &name, &password, admin))
         }
@@ -104,7 +118,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 
 async fn serve(settings: &Settings) -> anyhow::Result<()> {
     let homeserver = open(settings).await?;
-    homeserver.start().await.context("cannot take up what was under way")?;
+    homeserver
+        .start()
+        .await
+        .context("cannot take up what was under way")?;
     let router = vestibule_http::router(homeserver.clone());
     let client_router = match settings.client.federation {
         true => router.clone(),
@@ -112,12 +129,26 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
     };
     let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
     for address in &settings.client.listen {
-        listen::serve(*address, None, client_router.clone(), tracker.clone(), stop.clone()).await?;
+        listen::serve(
+            *address,
+            None,
+            client_router.clone(),
+            tracker.clone(),
+            stop.clone(),
+        )
+        .await?;
     }
     if !settings.federation.listen.is_empty() {
         let tls = tls(settings, &homeserver.config().server_name)?;
         for address in &settings.federation.listen {
-            listen::serve(*address, Some(tls.clone()), router.clone(), tracker.clone(), stop.clone()).await?;
+            listen::serve(
+                *address,
+                Some(tls.clone()),
+                router.clone(),
+                tracker.clone(),
+                stop.clone(),
+            )
+            .await?;
         }
     }
     tracing::info!(server = %homeserver.config().server_name, version = env!("CARGO_PKG_VERSION"), "ready");
@@ -125,10 +156,16 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
     tracing::info!("stopping");
     stop.cancel();
     tracker.close();
-    if tokio::time::timeout(STOP_MAX, tracker.wait()).await.is_err() {
+    if tokio::time::timeout(STOP_MAX, tracker.wait())
+        .await
+        .is_err()
+    {
         tracing::info!("some requests did not end in time");
     }
-    if tokio::time::timeout(STOP_MAX, homeserver.stop()).await.is_err() {
+    if tokio::time::timeout(STOP_MAX, homeserver.stop())
+        .await
+        .is_err()
+    {
         tracing::info!("some background work did not end in time; it goes on at the next start");
     }
     Ok(())
@@ -143,7 +180,10 @@ async fn stop_asked() -> anyhow::Result<()> {
 }
 
 fn tls(settings: &Settings, name: &ServerName) -> anyhow::Result<tokio_rustls::TlsAcceptor> {
-    match (&settings.federation.tls_certificate, &settings.federation.tls_private_key) {
+    match (
+        &settings.federation.tls_certificate,
+        &settings.federation.tls_private_key,
+    ) {
         (Some(certificate), Some(key)) => listen::tls_from_files(certificate, key),
         _ => {
             tracing::warn!("no certificate is set: other servers will not trust this one's own");
@@ -157,15 +197,34 @@ async fn open(settings: &Settings) -> anyhow::Result<Homeserver> {
     let (config, transport, appservices) = prepare(settings)?;
     let key = signing_key(&settings.server.signing_key_path)?;
     let url = &settings.database.url;
-    if let Some(directory) = url.strip_prefix("sqlite:").map(Path::new).and_then(Path::parent)
+    if let Some(directory) = url
+        .strip_prefix("sqlite:")
+        .map(Path::new)
+        .and_then(Path::parent)
         && directory != Path::new("")
     {
-        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    let options = storage::Options { server_name: config.server_name.clone(), ..storage::Options::default() };
-    let store = Store::open(url, options).await.context("cannot open the database")?;
-    let wire = Wire { transport: Arc::new(transport), key, old_keys: Vec::new() };
-    Ok(Homeserver::new(config, Arc::new(SystemClock::default()), store, appservices, wire))
+    let options = storage::Options {
+        server_name: config.server_name.clone(),
+        ..storage::Options::default()
+    };
+    let store = Store::open(url, options)
+        .await
+        .context("cannot open the database")?;
+    let wire = Wire {
+        transport: Arc::new(transport),
+        key,
+        old_keys: Vec::new(),
+    };
+    Ok(Homeserver::new(
+        config,
+        Arc::new(SystemClock::default()),
+        store,
+        appservices,
+        wire,
+    ))
 }
 
 /// What can be checked without touching the disk's data.
@@ -179,16 +238,20 @@ fn prepare(settings: &Settings) -> anyhow::Result<(Config, HyperTransport, Appse
         ip_ranges,
     })
     .context("cannot set up connections to other servers")?;
-    let appservices =
-        Appservices::load(&config.appservice_files, &config.server_name).context("appservices.files")?;
+    let appservices = Appservices::load(&config.appservice_files, &config.server_name)
+        .context("appservices.files")?;
     Ok((config, transport, appservices))
 }
 
 fn config_of(settings: &Settings) -> anyhow::Result<Config> {
     let name = settings.server.name.as_deref().unwrap_or_default();
     let mut config = Config::new(ServerName::parse(name)?);
-    config.public_base_url.clone_from(&settings.server.public_base_url);
-    config.federation_address.clone_from(&settings.server.federation_address);
+    config
+        .public_base_url
+        .clone_from(&settings.server.public_base_url);
+    config
+        .federation_address
+        .clone_from(&settings.server.federation_address);
     config.default_room_version = RoomVersion::parse(&settings.server.default_room_version)
         .context("server.default_room_version is not a known version")?;
     config.registration = match settings.registration.mode {
@@ -196,9 +259,15 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
         RegistrationMode::Open => Registration::Open,
         RegistrationMode::Token => Registration::Token,
     };
-    config.registration_token.clone_from(&settings.registration.token);
-    config.registration_shared_secret.clone_from(&settings.registration.shared_secret);
-    config.limits = Limits { enabled: settings.limits.enabled };
+    config
+        .registration_token
+        .clone_from(&settings.registration.token);
+    config
+        .registration_shared_secret
+        .clone_from(&settings.registration.shared_secret);
+    config.limits = Limits {
+        enabled: settings.limits.enabled,
+    };
     config.full_state_wait_max = Duration::from_secs(settings.limits.full_state_wait_seconds);
     config.join = JoinSettings {
         compare_donors: settings.join.compare_donors,
@@ -208,12 +277,17 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
     };
     config.media_path.clone_from(&settings.media.path);
     config.media_upload_bytes_max = settings.media.max_upload_bytes;
-    config.appservice_files.clone_from(&settings.appservices.files);
+    config
+        .appservice_files
+        .clone_from(&settings.appservices.files);
     config.trusted_key_servers = settings
         .federation
         .trusted_key_servers
         .iter()
-        .map(|name| ServerName::parse(name).with_context(|| format!("federation.trusted_key_servers: {name}")))
+        .map(|name| {
+            ServerName::parse(name)
+                .with_context(|| format!("federation.trusted_key_servers: {name}"))
+        })
         .collect::<anyhow::Result<_>>()?;
     config.presence = settings.server.presence;
     Ok(config)
@@ -234,7 +308,8 @@ fn signing_key(path: &Path) -> anyhow::Result<SigningKey> {
 fn make_signing_key(path: &Path) -> anyhow::Result<SigningKey> {
     use std::os::unix::fs::OpenOptionsExt as _;
     if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
     }
     let version: u16 = rand::random();
     let key = SigningKey::generate(rand::random(), &format!("a_{version:04x}"))
@@ -253,7 +328,12 @@ fn make_signing_key(path: &Path) -> anyhow::Result<SigningKey> {
 
 // -- accounts -------------------------------------------------------------------------------------
 
-async fn create_user(settings: &Settings, name: &str, password: &str, admin: bool) -> anyhow::Result<()> {
+async fn create_user(
+    settings: &Settings,
+    name: &str,
+    password: &str,
+    admin: bool,
+) -> anyhow::Result<()> {
     if password.is_empty() {
         bail!("an empty password will not do");
     }
