@@ -89,8 +89,16 @@ struct Plan {
     new_ids: BTreeSet<EventId>,
     /// The number of the first of these.
     first_id: i64,
-    /// The root of the current state that the members below were made from.
-    members_from: Option<i64>,
+    /// What the current state becomes, as seen from the one that was there when this was made.
+    change: StateChange,
+}
+
+#[derive(Clone, Debug, Default)]
+struct StateChange {
+    /// The root of the state that this is seen from.
+    from: Option<i64>,
+    /// Whether the two differ at all.
+    differs: bool,
     members: Vec<Member>,
 }
 
@@ -121,28 +129,25 @@ impl Plan {
             nodes,
             new_ids: BTreeSet::new(),
             first_id: 0,
-            members_from: None,
-            members: Vec::new(),
+            change: StateChange::default(),
             writes,
         };
         let referred = plan.referred();
         if !referred.is_empty() || plan.writes.current_state.is_some() {
             let asking = Arc::new(plan);
             let asked = Arc::clone(&asking);
-            let (new_ids, members_from, members) = store
+            let (new_ids, change) = store
                 .read(move |c| {
                     let known = events::nids(c, &referred)?;
                     let new = referred.iter().filter(|id| !known.contains_key(*id));
                     let new_ids: BTreeSet<EventId> = new.cloned().collect();
-                    let (from, members) = asked.read_members(c)?;
-                    Ok((new_ids, from, members))
+                    Ok((new_ids, asked.state_change(c)?))
                 })
                 .await?;
             plan = Arc::into_inner(asking).ok_or(Error::Closed)?;
             plan.first_id = store.numbers(Sequence::Events, new_ids.len()).await?.start;
             plan.new_ids = new_ids;
-            plan.members_from = members_from;
-            plan.members = members;
+            plan.change = change;
         }
         Ok(plan)
     }
@@ -162,15 +167,15 @@ impl Plan {
 
     // -- Memberships ------------------------------------------------------------------------------
 
-    /// The changes of membership from what is the current state on this snapshot.
-    fn read_members(&self, c: &mut dyn Conn) -> Result<(Option<i64>, Vec<Member>)> {
+    /// The change from what is the current state on this snapshot.
+    fn state_change(&self, c: &mut dyn Conn) -> Result<StateChange> {
         let Some(new) = &self.writes.current_state else {
-            return Ok((None, Vec::new()));
+            return Ok(StateChange::default());
         };
         let row = rooms::by_id(c, &self.writes.room)?;
         let Some(row) = row else {
-            // Its keys have numbers, so the room has one; else no key is a member's.
-            return Ok((None, Vec::new()));
+            // Looked at again in the transaction, when the room has a row.
+            return Ok(StateChange::default());
         };
         let old = states::map(c, row.state_root)?;
         let changes = old.diff(new);
@@ -217,7 +222,11 @@ impl Plan {
                 });
             }
         }
-        Ok((Some(row.state_root), members))
+        Ok(StateChange {
+            from: Some(row.state_root),
+            differs: !changes.is_empty(),
+            members,
+        })
     }
 
     // -- The transaction --------------------------------------------------------------------------
@@ -561,27 +570,28 @@ impl Plan {
         state: &StateMap,
         applied: &mut Applied,
     ) -> Result<()> {
-        let root = self.nodes.root(state);
         let again;
-        let members = if self.members_from == Some(row.state_root) {
-            &self.members
+        let change = if self.change.from == Some(row.state_root) {
+            &self.change
         } else {
-            again = self.read_members(c)?.1;
+            again = self.state_change(c)?;
             &again
         };
+        if !change.differs {
+            return Ok(());
+        }
         let newest = applied.events.iter().map(|placed| placed.position).max();
         let newest = newest.filter(|position| *position > 0);
-        let changed = root != row.state_root && states::map(c, row.state_root)? != *state;
         let position = match newest {
             Some(position) => position,
-            None if changed => streams::next(c, Stream::Events)?,
-            None => return Ok(()),
+            None => streams::next(c, Stream::Events)?,
         };
-        if changed {
-            c.execute(INSERT_ROOM_STATE, &[&row.nid, &position, &root])?;
-            applied.state_position = Some(position);
-        }
-        self.publish_members(c, row.nid, members, position, applied)
+        c.execute(
+            INSERT_ROOM_STATE,
+            &[&row.nid, &position, &self.nodes.root(state)],
+        )?;
+        applied.state_position = Some(position);
+        self.publish_members(c, row.nid, &change.members, position, applied)
     }
 
     fn publish_members(

@@ -24,10 +24,8 @@ pub struct Asker {
     pub acl: Option<Arc<Pdu>>,
 }
 
-const IS_HOST: &str =
-    "SELECT 1 FROM room_hosts WHERE room_nid = $1 AND server = $2 AND joined > 0";
-const IS_PARTIAL_SERVER: &str =
-    "SELECT 1 FROM partial_servers WHERE room_nid = $1 AND server = $2";
+const IS_HOST: &str = "SELECT 1 FROM room_hosts WHERE room_nid = $1 AND server = $2 AND joined > 0";
+const IS_PARTIAL_SERVER: &str = "SELECT 1 FROM partial_servers WHERE room_nid = $1 AND server = $2";
 
 /// `None` for a room that we were never in.
 pub fn asker(c: &mut dyn Conn, room: &RoomId, server: &ServerName) -> Result<Option<Asker>> {
@@ -204,18 +202,17 @@ const MEMBERS_LIKE: &str = "SELECT key_nid, state_key FROM state_keys
     WHERE room_nid = $1 AND kind = 'm.room.member' AND state_key LIKE $2";
 
 /// The membership keys of a server's users in this room.
-pub fn member_keys_of(
-    c: &mut dyn Conn,
-    room: RoomNid,
-    server: &ServerName,
-) -> Result<Vec<KeyNid>> {
+pub fn member_keys_of(c: &mut dyn Conn, room: RoomNid, server: &ServerName) -> Result<Vec<KeyNid>> {
     let suffix = format!(":{server}");
     let pattern = format!("%{suffix}");
     let mut found = Vec::new();
     // LIKE is lax about case in one engine, and `:a.org` also ends `@x:y:a.org`.
     c.query(MEMBERS_LIKE, &[&room, &pattern], &mut |row| {
         let user = row.text(1)?;
-        if user.split_once(':').is_some_and(|(_, domain)| domain == server.as_str()) {
+        if user
+            .split_once(':')
+            .is_some_and(|(_, domain)| domain == server.as_str())
+        {
             found.push(row.key_nid(0)?);
         }
         Ok(())
@@ -253,7 +250,11 @@ pub fn closest_event(
     ts_ms: i64,
     forward: bool,
 ) -> Result<Option<(EventNid, EventId, i64)>> {
-    let sql = if forward { CLOSEST_AFTER } else { CLOSEST_BEFORE };
+    let sql = if forward {
+        CLOSEST_AFTER
+    } else {
+        CLOSEST_BEFORE
+    };
     c.query_opt(sql, &[&room, &ts_ms], |row| {
         Ok((row.event_nid(0)?, row.id(1)?, row.int(2)?))
     })

@@ -1,0 +1,69 @@
+//! Forgetting a room (joins.md P-69): it is then as if nobody here had ever been in it.
+
+use protocol::id::RoomId;
+use protocol::nid::EventNid;
+
+use crate::driver::{Conn, Result};
+use crate::{event_index, events, rooms};
+
+/// Events that go in one statement.
+const BATCH: i64 = 2000;
+
+const EVENTS: &str = "SELECT nid FROM events WHERE room_nid = $1 LIMIT $2";
+/// What is found by an event's number.
+const BY_EVENT: [&str; 5] = [
+    "DELETE FROM event_children WHERE event_nid IN (SELECT value FROM rarray($1))",
+    "DELETE FROM auth_dependents WHERE event_nid IN (SELECT value FROM rarray($1))",
+    "DELETE FROM outbox WHERE event_nid IN (SELECT value FROM rarray($1))",
+    "DELETE FROM client_transactions WHERE event_nid IN (SELECT value FROM rarray($1))",
+    "DELETE FROM events WHERE nid IN (SELECT value FROM rarray($1))",
+];
+const BY_ROOM: [&str; 10] = [
+    "DELETE FROM room_states WHERE room_nid = $1",
+    "DELETE FROM forward_extremities WHERE room_nid = $1",
+    "DELETE FROM backward_extremities WHERE room_nid = $1",
+    "DELETE FROM memberships WHERE room_nid = $1",
+    "DELETE FROM room_hosts WHERE room_nid = $1",
+    "DELETE FROM out_of_band WHERE room_nid = $1",
+    "DELETE FROM partial_rooms WHERE room_nid = $1",
+    "DELETE FROM partial_servers WHERE room_nid = $1",
+    "DELETE FROM became_full WHERE room_nid = $1",
+    "DELETE FROM intents WHERE room_nid = $1 AND owe_leave = 0",
+];
+const BY_ID: [&str; 6] = [
+    "DELETE FROM staged_pdus WHERE room_id = $1",
+    "DELETE FROM receipts WHERE room_id = $1",
+    "DELETE FROM room_aliases WHERE room_id = $1",
+    "DELETE FROM room_list WHERE room_id = $1",
+    "DELETE FROM push_actions WHERE room_id = $1",
+    "DELETE FROM account_data WHERE room_id = $1",
+];
+/// The row and its state keys stay: a number means for ever what it meant once.
+const RESET: &str =
+    "UPDATE rooms SET revision = 0, state_root = 0, min_depth = NULL WHERE nid = $1";
+
+/// Removes a room; whether there was one. What it still owes to other servers stays owed.
+pub fn room(c: &mut dyn Conn, room: &RoomId) -> Result<bool> {
+    let Some(row) = rooms::by_id(c, room)? else {
+        return Ok(false);
+    };
+    loop {
+        let found: Vec<EventNid> =
+            c.query_all(EVENTS, &[&row.nid, &BATCH], |row| row.event_nid(0))?;
+        if found.is_empty() {
+            break;
+        }
+        event_index::remove(c, &found)?;
+        for sql in BY_EVENT {
+            c.execute(sql, &[&events::raw(&found)])?;
+        }
+    }
+    for sql in BY_ROOM {
+        c.execute(sql, &[&row.nid])?;
+    }
+    for sql in BY_ID {
+        c.execute(sql, &[room])?;
+    }
+    c.execute(RESET, &[&row.nid])?;
+    Ok(true)
+}

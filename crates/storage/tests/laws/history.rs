@@ -1,0 +1,183 @@
+//! Walks for other servers, shared rooms, leases, and forgetting a room.
+
+use protocol::id::EventId;
+use room::effect::{Load, Loaded};
+use room::write::Verdict;
+use serde_json::json;
+use storage::{history, leases, memberships, purge, rooms};
+
+use crate::engines::Database;
+use crate::laws::rooms::{Fixture, placed, server, user};
+
+/// Ten messages in a row upon a joined room; the ids, oldest first.
+async fn line(fixture: &mut Fixture) -> Vec<EventId> {
+    let mut ids = Vec::new();
+    for n in 0..10 {
+        let (made, _) = fixture
+            .say("@alice:localhost", "m.text", None, json!({"n": n}))
+            .await;
+        ids.push(made.pdu.event_id.clone());
+    }
+    ids
+}
+
+pub async fn missing_events_lie_between(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let ids = line(&mut fixture).await;
+    let room = fixture.room.clone();
+    let asked = ids.clone();
+    let (between, shallow, few, history) = fixture
+        .store
+        .read(move |c| {
+            let room = rooms::by_id(c, &room)?.unwrap().nid;
+            let (earliest, latest) = (&asked[1..2], &asked[8..9]);
+            Ok((
+                history::missing_events(c, room, earliest, latest, 0, 100)?.len(),
+                history::missing_events(c, room, earliest, latest, 9, 100)?.len(),
+                history::missing_events(c, room, earliest, latest, 0, 2)?,
+                history::backfill(c, room, latest, 100)?,
+            ))
+        })
+        .await
+        .unwrap();
+    // Messages have depths 3 to 12.
+    assert_eq!((between, shallow), (6, 2));
+    assert_eq!(few.len(), 2);
+    let text = fixture
+        .store
+        .read(move |c| storage::events::ids(c, &few))
+        .await
+        .unwrap();
+    assert!(
+        text.values().all(|id| ids[6..8].contains(id)),
+        "the newest first"
+    );
+    assert_eq!(
+        history.len(),
+        11,
+        "nine messages, the join and the create event"
+    );
+}
+
+pub async fn rejected_events_are_not_served(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let (made, state) = fixture
+        .make("@alice:localhost", "m.text", None, json!({}))
+        .await;
+    let mut writes = fixture.writes();
+    let mut event = placed(&made, state);
+    event.verdict = Verdict::Rejected("no".to_owned());
+    writes.events.push(event);
+    fixture.commit(writes).await.unwrap();
+    let id = made.pdu.event_id.clone();
+    let found = fixture
+        .store
+        .read(move |c| history::servable(c, &id))
+        .await
+        .unwrap();
+    assert_eq!(found, None);
+}
+
+pub async fn members_are_found_by_room_user_and_server(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    for name in [
+        "@bob:b.org",
+        "@carol:b.org",
+        "@dave:B.org",
+        "@erin:localhost",
+    ] {
+        fixture.join(name).await;
+    }
+    fixture
+        .say(
+            "@carol:b.org",
+            "m.room.member",
+            Some("@carol:b.org"),
+            json!({"membership": "leave"}),
+        )
+        .await;
+    let room = fixture.room.clone();
+    fixture
+        .store
+        .read(move |c| {
+            let nid = rooms::by_id(c, &room)?.unwrap().nid;
+            assert_eq!(memberships::with(c, nid, "join")?.len(), 4);
+            assert_eq!(memberships::of_room(c, nid)?.len(), 5);
+            let changed = memberships::changed(c, nid, 3, 7)?;
+            let users: Vec<&str> = changed.iter().map(|m| m.user.as_str()).collect();
+            assert_eq!(users, ["@dave:B.org", "@erin:localhost", "@carol:b.org"]);
+            let sharing = memberships::local_users_sharing(c, &user("@bob:b.org"))?;
+            assert_eq!(sharing, [user("@alice:localhost"), user("@erin:localhost")]);
+            let servers = memberships::servers_sharing(c, &user("@erin:localhost"))?;
+            assert_eq!(
+                servers,
+                [server("B.org"), server("b.org"), server("localhost")]
+            );
+            let rooms = memberships::joined_rooms(c, &user("@bob:b.org"))?;
+            assert_eq!(rooms, [(nid, room.clone())]);
+            let keys = memberships::member_keys_of_server(c, nid, &server("b.org"))?;
+            assert_eq!(keys.len(), 2, "in small letters only");
+            assert!(memberships::server_is_in_room(c, nid, &server("b.org"))?);
+            Ok(())
+        })
+        .await
+        .unwrap();
+}
+
+pub async fn a_lease_has_one_holder(database: &Database) {
+    let store = database.open().await;
+    store
+        .write(|c| {
+            let first = leases::acquire(c, "room", "a", 0, 100)?.unwrap();
+            assert_eq!(leases::acquire(c, "room", "b", 50, 100)?, None);
+            let renewed = leases::acquire(c, "room", "a", 50, 100)?.unwrap();
+            assert_eq!((renewed.token, renewed.expires_ms), (first.token, 150));
+            assert!(leases::still_held(c, &first)?);
+            let taken = leases::acquire(c, "room", "b", 200, 100)?.unwrap();
+            assert!(taken.token > first.token);
+            assert!(!leases::still_held(c, &first)?);
+            leases::release(c, &first)?;
+            assert_eq!(leases::acquire(c, "room", "a", 250, 100)?, None);
+            leases::release(c, &taken)?;
+            assert!(leases::acquire(c, "room", "a", 250, 100)?.is_some());
+            Ok(())
+        })
+        .await
+        .unwrap();
+}
+
+pub async fn a_purged_room_can_be_joined_again(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    line(&mut fixture).await;
+    let room = fixture.room.clone();
+    assert!(
+        fixture
+            .store
+            .write(move |c| purge::room(c, &room))
+            .await
+            .unwrap()
+    );
+    assert!(matches!(fixture.load(Load::Head).await, Loaded::Head(None)));
+    let Loaded::Hosts(hosts) = fixture.load(Load::Hosts).await else {
+        panic!()
+    };
+    assert!(hosts.is_empty());
+    let left = fixture
+        .store
+        .read(|c| c.query_one("SELECT COUNT(*) FROM events", &[], |row| row.int(0)))
+        .await
+        .unwrap();
+    assert_eq!(left, 0);
+    let mut again = Fixture::new(database).await;
+    again.store = fixture.store.clone();
+    again
+        .say(
+            "@alice:localhost",
+            "m.room.create",
+            Some(""),
+            json!({"room_version": "11"}),
+        )
+        .await;
+    again.join("@alice:localhost").await;
+    assert_eq!(again.head().await.local_joined.len(), 1);
+}
