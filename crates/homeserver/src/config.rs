@@ -11,12 +11,8 @@ pub struct Config {
     pub server_name: ServerName,
     /// What clients should use, for the well-known file; `None`: not told.
     pub public_base_url: Option<String>,
-    /// `host:port` for the well-known file that other servers read; `None`: there is none.
-    pub federation_address: Option<String>,
     pub default_room_version: RoomVersion,
     pub registration: Registration,
-    /// A registration token that never runs out.
-    pub registration_token: Option<String>,
     /// Enables `/_synapse/admin/v1/register`.
     pub registration_shared_secret: Option<String>,
     pub limits: Limits,
@@ -75,10 +71,8 @@ impl Config {
         Self {
             server_name,
             public_base_url: None,
-            federation_address: None,
             default_room_version: RoomVersion::V12,
             registration: Registration::Closed,
-            registration_token: None,
             registration_shared_secret: None,
             limits: Limits { enabled: true },
             join: JoinSettings::default(),

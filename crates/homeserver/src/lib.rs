@@ -7,7 +7,6 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
-mod boot;
 mod checks;
 pub mod clock;
 mod commit;

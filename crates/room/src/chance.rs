@@ -21,7 +21,9 @@ impl Chance {
     /// Between three quarters of `base` and the whole of it, so that rooms do not wake in step.
     pub fn jitter(&mut self, base: Duration) -> Duration {
         let quarter = base / 4;
-        let millis = u64::try_from(quarter.as_millis()).unwrap_or(u64::MAX).max(1);
+        let millis = u64::try_from(quarter.as_millis())
+            .unwrap_or(u64::MAX)
+            .max(1);
         base - Duration::from_millis(self.draw() % millis)
     }
 }

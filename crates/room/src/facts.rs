@@ -13,6 +13,7 @@ use protocol::nid::{EventNid, KeyNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
+use protocol::state_resolution;
 
 use crate::effect::{
     Child, EventSet, Found, Head, Load, Loaded, ReadyEvent, StateAt, StateKey, StoredEvent,
@@ -62,6 +63,8 @@ pub(crate) struct Facts {
     events: EventSet,
     /// Those of the events that the machine is about to store, or to judge otherwise.
     own: BTreeSet<EventNid>,
+    /// Asked for by number, and not stored.
+    absent: BTreeSet<EventNid>,
 }
 
 #[derive(Debug)]
@@ -90,6 +93,7 @@ impl Facts {
             resolved: Vec::new(),
             events: EventSet::default(),
             own: BTreeSet::new(),
+            absent: BTreeSet::new(),
         }
     }
 
@@ -124,11 +128,6 @@ impl Facts {
         self.waiting.is_empty()
     }
 
-    /// Drops replies that are still on their way.
-    pub fn stop_waiting(&mut self) {
-        self.waiting.clear();
-    }
-
     fn learn(&mut self, load: Load, loaded: Loaded) {
         match (load, loaded) {
             (Load::Head, Loaded::Head(head)) => self.head = Some(head.map(|head| Arc::new(*head))),
@@ -161,7 +160,12 @@ impl Facts {
                     .extend(set.keys.iter().map(|(k, n)| (k.clone(), *n)));
                 self.closures.push(Closure { maps, also, set });
             }
-            (Load::Events { .. }, Loaded::Closure(set)) => self.add_events(&set),
+            (Load::Events { events }, Loaded::Closure(set)) => {
+                self.add_events(&set);
+                let known = &self.events.events;
+                let absent = events.into_iter().filter(|nid| !known.contains_key(nid));
+                self.absent.extend(absent);
+            }
             (Load::Children { events }, Loaded::Children(mut children)) => {
                 for nid in events {
                     let upon = children.remove(&nid).unwrap_or_default();
@@ -332,17 +336,46 @@ impl Facts {
         let events: BTreeSet<_> = at
             .iter()
             .map(|(_, nid)| *nid)
-            .filter(|nid| !self.events.events.contains_key(nid))
+            .filter(|nid| !self.events.events.contains_key(nid) && !self.absent.contains(nid))
             .collect();
         if !events.is_empty() {
             let events = events.into_iter().collect();
             return lacking(Load::Events { events });
         }
-        let event = |nid: EventNid| self.events.events[&nid].pdu.clone();
+        let event = |nid: EventNid| Some(self.events.events.get(&nid)?.pdu.clone());
         Ok(at
             .into_iter()
-            .map(|(key, nid)| (key.clone(), (nid, event(nid))))
+            .filter_map(|(key, nid)| Some((key.clone(), (nid, event(nid)?))))
             .collect())
+    }
+
+    /// Events by number; those that are not stored are left out.
+    pub fn pdus(&self, nids: &[EventNid]) -> Got<Vec<Arc<Pdu>>> {
+        let events: Vec<_> = nids
+            .iter()
+            .filter(|nid| !self.events.events.contains_key(*nid) && !self.absent.contains(*nid))
+            .copied()
+            .collect();
+        if !events.is_empty() {
+            return lacking(Load::Events { events });
+        }
+        let stored = nids.iter().filter_map(|nid| self.events.events.get(nid));
+        Ok(stored.map(|event| event.pdu.clone()).collect())
+    }
+
+    /// An event's auth events in order, each with whether it is rejected; `None` when one is not here.
+    pub fn auth_of(&self, pdu: &Pdu) -> Got<Option<Vec<(EventNid, Arc<Pdu>, bool)>>> {
+        let found = self.find(&pdu.auth_events)?;
+        let auth = found.into_iter().map(|found| {
+            let found = found?;
+            let nid = found.known.nid;
+            let rejected = match self.events.events.get(&nid) {
+                Some(event) if self.own.contains(&nid) => event.rejected,
+                _ => found.known.rejected,
+            };
+            Some((nid, found.pdu, rejected))
+        });
+        Ok(auth.collect())
     }
 
     // -- conclusions -------------------------------------------------------------------------------
@@ -362,7 +395,7 @@ impl Facts {
             return Ok(resolved.clone());
         }
         let set = self.closure(&distinct)?;
-        let resolved = resolve(version, &distinct, &set);
+        let resolved = state_resolution::resolve(version, &distinct, &set);
         self.resolved.push((distinct, resolved.clone()));
         Ok(resolved)
     }
@@ -436,6 +469,12 @@ impl Facts {
                 claimed.insert(key, *nid);
             }
         }
+        // Version 12 names no create event, and there is only one.
+        if let Some(create) = self.key("m.room.create", "")
+            && let (Some(nid), None) = (known.get(create), claimed.get(create))
+        {
+            claimed.insert(create, nid);
+        }
         let resolved = self.resolve(pdu.version, vec![known, claimed])?;
         self.check_against(pdu, &resolved)
     }
@@ -479,15 +518,4 @@ pub(crate) fn after(
         after.insert(key, nid);
     }
     after
-}
-
-/// Stands in for state resolution until that has landed: the first map wins, the others fill in.
-fn resolve(_: RoomVersion, maps: &[StateMap], _: &EventSet) -> StateMap {
-    let mut resolved = StateMap::new();
-    for map in maps.iter().rev() {
-        for (key, nid) in map.iter() {
-            resolved.insert(key, nid);
-        }
-    }
-    resolved
 }

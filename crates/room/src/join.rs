@@ -769,7 +769,8 @@ impl Join {
     fn on_conclusion(&mut self, mut s: Box<Concluding>, input: Input, now: Now) -> State {
         match (&s.wait, input) {
             (Wait::Facts, Input::Loaded { ticket, loaded }) => {
-                if s.facts.hear(ticket, loaded) {
+                let heard_all = s.facts.hear(ticket, loaded);
+                if heard_all {
                     return self.conclude(s, now);
                 }
             }

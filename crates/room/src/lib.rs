@@ -5,7 +5,9 @@
 //! arrives with every input. To read one, start at its `handle`: the table of states and inputs there *is*
 //! the machine.
 
+mod chance;
 mod facts;
+mod fetch;
 mod outbox;
 mod sift;
 mod thinking;
@@ -15,9 +17,11 @@ pub mod acl;
 pub mod candidates;
 pub mod effect;
 pub mod join;
+pub mod receive;
 pub mod refusal;
 pub mod resident;
 pub mod restricted;
+pub mod resync;
 pub mod send;
 pub mod template;
 pub mod write;

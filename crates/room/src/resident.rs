@@ -308,7 +308,7 @@ pub struct Accept {
 
 enum AcceptState {
     /// The room's version decides how the event is to be read.
-    Opening(Facts),
+    Opening(Box<Facts>),
     Checking(Ticket),
     Deciding(Box<Thinking<Accepting>>),
     Done,
@@ -316,7 +316,7 @@ enum AcceptState {
 
 impl Accept {
     pub fn new(own: Own, request: AcceptRequest) -> Self {
-        let facts = Facts::new(request.room.clone());
+        let facts = Box::new(Facts::new(request.room.clone()));
         let mut this = Self {
             own,
             request,
@@ -328,7 +328,7 @@ impl Accept {
         this
     }
 
-    fn open(&mut self, mut facts: Facts) -> AcceptState {
+    fn open(&mut self, mut facts: Box<Facts>) -> AcceptState {
         match self.inspect(&facts) {
             Err(lacking) => {
                 facts.request(lacking, &mut self.out);

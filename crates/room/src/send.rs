@@ -293,8 +293,7 @@ impl Sending {
             .head
             .as_ref()
             .and_then(|head| head.partial.as_ref());
-        let previous = own_key.as_ref().map(std::slice::from_ref).unwrap_or(&[]);
-        let previous = facts.state_events(&before, previous)?;
+        let previous = facts.state_events(&before, own_key.as_slice())?;
         let was = previous.values().next().map(|(_, pdu)| &**pdu);
         let fan_out = destinations(&pdu, was, &progress.hosts, marker, &self.own.name);
         let placed = Placed::new(facts, pdu.clone(), before, partial, Verdict::Accepted);

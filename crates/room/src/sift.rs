@@ -164,12 +164,18 @@ impl<'a> Walk<'a> {
                 (None, None) => unreachable!("only events with all auth events get here"),
             })
             .collect();
-        match_auth(
+        if pdu.oversized_field {
+            return Verdict::Rejected(OVERSIZED.to_owned());
+        }
+        let create = self.create.map(|create| &**create);
+        let cache = &mut self.cache;
+        verdict(auth::check_auth_events_with(
+            cache,
             self.version,
             pdu,
-            self.create.map(|create| &**create),
+            create,
             &auth,
-        )
+        ))
     }
 
     fn release(&mut self, id: &EventId) {

@@ -75,7 +75,8 @@ impl View {
         Ok((facts.resolve(self.version, maps)?, partial))
     }
 
-    /// Puts an event on top. A rejected or soft-failed one changes nothing but what is known of it.
+    /// Puts an event on top. A rejected or soft-failed one changes nothing but what is known of it, and so
+    /// does one that came after what was built on it.
     pub fn add(&mut self, facts: &mut Facts, placed: &Placed) -> Got<()> {
         let auth_events = placed.pdu.auth_events.iter();
         let auth_events = auth_events.filter_map(|id| facts.nid(id)).collect();

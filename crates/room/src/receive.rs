@@ -1,0 +1,530 @@
+//! Incoming PDUs of one room, in order (joins.md 3.2).
+//!
+//! <https://spec.matrix.org/v1.18/server-server-api/#checks-performed-on-receipt-of-a-pdu>
+//!
+//! Format, signature and hash (checks 1 to 3) are behind an event when it comes here. Missing prev events
+//! are in `gap`.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::format;
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::pdu::Pdu;
+use protocol::room_version::RoomVersion;
+
+use crate::effect::{Effect, Head, Input, Machine, Now, Place, Ticket};
+use crate::facts::{Facts, Got, auth_keys, both};
+use crate::fetch::{Fetch, Fetched};
+use crate::outbox::Outbox;
+use crate::sift;
+use crate::template::Own;
+use crate::view::{Placed, View, split_prevs};
+use crate::write::{FanOut, NewEvent, OutOfBand, Verdict, WriteSet};
+
+mod gap;
+
+/// An event whose signatures have been checked.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    pub pdu: Arc<Pdu>,
+    /// Its row in the staging table, which goes when the event is dealt with.
+    pub staged: Option<i64>,
+}
+
+/// What became of an event.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Received {
+    Accepted,
+    Rejected(String),
+    SoftFailed(String),
+    /// In the timeline already.
+    Known,
+    /// Not stored, as something it stands on is missing; a later copy may do better (P-14, P-19).
+    Refused(String),
+    /// Nobody of ours is in the room (P-24).
+    Dropped,
+    /// A rescinded invite or a refused knock of a user of ours, in a room we are not in (J-76).
+    OutOfBand,
+    /// A join of ours is on its way: give the event again when that has ended (J-65).
+    Postponed,
+}
+
+pub struct Receive {
+    own: Own,
+    room: RoomId,
+    origin: ServerName,
+    queue: VecDeque<Item>,
+    state: State,
+    out: Outbox,
+    received: Vec<(EventId, Received)>,
+    /// Staging rows that no commit has settled so far.
+    settled: Vec<i64>,
+    version: Option<RoomVersion>,
+    done: bool,
+}
+
+struct Item {
+    pdu: Arc<Pdu>,
+    staged: Option<i64>,
+    /// Whether we asked for it to fill a gap. Such an event may have its prev events' state fetched.
+    pulled: bool,
+    /// Whether get_missing_events was asked for it.
+    asked: bool,
+}
+
+enum State {
+    Judging(Box<Judging>, Wait),
+    Settling(Ticket),
+    Done,
+}
+
+struct Judging {
+    item: Item,
+    facts: Facts,
+    /// States after unknown prev events.
+    fetched: BTreeMap<EventId, Fetched>,
+    asked_for_auth_events: bool,
+}
+
+enum Wait {
+    Facts,
+    Missing(Ticket),
+    MissingChecked(Ticket),
+    State(Box<Fetch>, EventId),
+    AuthEvents(Box<Fetch>),
+    Stored(Ticket, Received),
+}
+
+impl Receive {
+    /// `origin` is who sent the events; they are handled in the order given (P-14b).
+    pub fn new(
+        own: Own,
+        room: RoomId,
+        origin: ServerName,
+        events: Vec<Incoming>,
+        now: Now,
+    ) -> Self {
+        let version = events.first().map(|event| event.pdu.version);
+        let queue = events
+            .into_iter()
+            .map(|event| Item {
+                pdu: event.pdu,
+                staged: event.staged,
+                pulled: false,
+                asked: false,
+            })
+            .collect();
+        let mut this = Self {
+            own,
+            room,
+            origin,
+            queue,
+            state: State::Done,
+            out: Outbox::default(),
+            received: Vec::new(),
+            settled: Vec::new(),
+            version,
+            done: false,
+        };
+        this.state = this.next(now);
+        this
+    }
+
+    fn next(&mut self, now: Now) -> State {
+        let Some(item) = self.queue.pop_front() else {
+            return self.settle();
+        };
+        let judging = Judging {
+            item,
+            facts: Facts::new(self.room.clone()),
+            fetched: BTreeMap::new(),
+            asked_for_auth_events: false,
+        };
+        self.judge(Box::new(judging), now)
+    }
+
+    /// The rows of events that came to nothing go last.
+    fn settle(&mut self) -> State {
+        let (Some(version), false) = (self.version, self.settled.is_empty()) else {
+            self.done = true;
+            return State::Done;
+        };
+        let mut writes = WriteSet::new(self.room.clone(), version);
+        writes.staged_done = std::mem::take(&mut self.settled);
+        State::Settling(self.out.commit(writes))
+    }
+
+    fn judge(&mut self, mut s: Box<Judging>, now: Now) -> State {
+        let judgement = match s.judge(&self.own, &self.origin) {
+            Ok(judgement) => judgement,
+            Err(lacking) => {
+                s.facts.request(lacking, &mut self.out);
+                return State::Judging(s, Wait::Facts);
+            }
+        };
+        match judgement {
+            Judgement::End(received) => self.end(s.item, received, now),
+            Judgement::Commit(writes, received) => {
+                let mut writes = *writes;
+                writes.staged_done.extend(s.item.staged);
+                let ticket = self.out.commit(writes);
+                State::Judging(s, Wait::Stored(ticket, received))
+            }
+            Judgement::AskMissing(ask) => {
+                s.item.asked = true;
+                let ticket = self.out.ask(&self.origin, ask, gap::TIMEOUT);
+                State::Judging(s, Wait::Missing(ticket))
+            }
+            Judgement::FetchState(event) => {
+                let donors = vec![self.origin.clone()];
+                let version = s.item.pdu.version;
+                let room = self.room.clone();
+                let fetch = Fetch::new(room, version, event.clone(), donors, &mut self.out);
+                State::Judging(s, Wait::State(Box::new(fetch), event))
+            }
+            Judgement::FetchAuthEvents(wanted) => {
+                s.asked_for_auth_events = true;
+                let donors = vec![self.origin.clone()];
+                let version = s.item.pdu.version;
+                let room = self.room.clone();
+                let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out);
+                State::Judging(s, Wait::AuthEvents(Box::new(fetch)))
+            }
+        }
+    }
+
+    fn end(&mut self, item: Item, received: Received, now: Now) -> State {
+        let postponed = received == Received::Postponed;
+        if !item.pulled {
+            self.received.push((item.pdu.event_id.clone(), received));
+        }
+        if !postponed {
+            self.settled.extend(item.staged);
+        }
+        self.next(now)
+    }
+
+    fn on_input(&mut self, mut s: Box<Judging>, wait: Wait, input: Input, now: Now) -> State {
+        let wait = match (wait, input) {
+            (Wait::Facts, Input::Loaded { ticket, loaded }) => match s.facts.hear(ticket, loaded) {
+                true => return self.judge(s, now),
+                false => Wait::Facts,
+            },
+            (Wait::Missing(t), Input::Answered { ticket, answer, .. }) if t == ticket => {
+                let pdus = gap::answered(answer);
+                Wait::MissingChecked(self.out.check(s.item.pdu.version, pdus))
+            }
+            (Wait::MissingChecked(t), Input::Checked { ticket, pdus }) if t == ticket => {
+                let pulled = gap::pulled(&s.item.pdu, pdus);
+                self.queue.push_front(s.item);
+                for pdu in pulled.into_iter().rev() {
+                    self.queue.push_front(Item {
+                        pdu,
+                        staged: None,
+                        pulled: true,
+                        asked: true,
+                    });
+                }
+                return self.next(now);
+            }
+            (Wait::State(mut fetch, event), input) => {
+                match fetch.handle(input, &mut self.out, now) {
+                    None => Wait::State(fetch, event),
+                    // A state with holes is no state to judge by (P-21a).
+                    Some(Ok(fetched)) if fetched.holes == 0 => {
+                        s.fetched.insert(event, fetched);
+                        s.facts.forget();
+                        return self.judge(s, now);
+                    }
+                    Some(_) => {
+                        let refused =
+                            Received::Refused("the state before it is not to be had".to_owned());
+                        return self.end(s.item, refused, now);
+                    }
+                }
+            }
+            (Wait::AuthEvents(mut fetch), input) => match fetch.handle(input, &mut self.out, now) {
+                None => Wait::AuthEvents(fetch),
+                Some(_) => {
+                    s.facts.forget();
+                    return self.judge(s, now);
+                }
+            },
+            (Wait::Stored(t, received), Input::Committed { ticket, outcome }) if t == ticket => {
+                if outcome.is_err() {
+                    s.facts.forget();
+                    return self.judge(s, now);
+                }
+                s.item.staged = None;
+                return self.end(s.item, received, now);
+            }
+            (wait, _late_or_double) => wait,
+        };
+        State::Judging(s, wait)
+    }
+}
+
+impl Machine for Receive {
+    /// For each event given, in the order they were finished.
+    type Outcome = Vec<(EventId, Received)>;
+
+    fn handle(&mut self, input: Input, now: Now) {
+        self.state = match (std::mem::replace(&mut self.state, State::Done), input) {
+            (State::Judging(s, wait), input) => self.on_input(s, wait, input, now),
+            (State::Settling(t), Input::Committed { ticket, .. }) if t == ticket => {
+                self.done = true;
+                State::Done
+            }
+            (state, _late_or_double) => state,
+        };
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        self.out.next()
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        None
+    }
+
+    fn poll_outcome(&mut self) -> Option<Self::Outcome> {
+        std::mem::take(&mut self.done).then(|| std::mem::take(&mut self.received))
+    }
+}
+
+// -- one event ------------------------------------------------------------------------------------
+
+enum Judgement {
+    End(Received),
+    Commit(Box<WriteSet>, Received),
+    AskMissing(crate::effect::Ask),
+    FetchState(EventId),
+    FetchAuthEvents(BTreeSet<EventId>),
+}
+
+impl Judging {
+    fn judge(&mut self, own: &Own, origin: &ServerName) -> Got<Judgement> {
+        let pdu = self.item.pdu.clone();
+        let ids = [pdu.event_id.clone()];
+        let (head, found) = both(self.facts.head(), self.facts.find(&ids))?;
+        let placed = found
+            .iter()
+            .flatten()
+            .any(|found| found.known.place != Place::Outlier);
+        if placed {
+            return Ok(Judgement::End(Received::Known));
+        }
+        let Some(head) = head.filter(|head| !head.local_joined.is_empty()) else {
+            return self.judge_from_outside(own, origin);
+        };
+        if pdu.version != head.version || pdu.room_id != self.facts.room {
+            return Ok(refused("it is of another room version"));
+        }
+        if let Err(error) = format::check_limits(&pdu) {
+            return Ok(refused(&error.to_string()));
+        }
+        let (known, unknown) = split_prevs(&self.facts, &pdu.prev_events)?;
+        let unfetched = unknown.iter().find(|id| !self.fetched.contains_key(*id));
+        if let Some(unfetched) = unfetched {
+            let unfetched = unfetched.clone();
+            return Ok(self.fill_gap(&head, unfetched));
+        }
+        self.judge_here(&head, &known, &unknown)
+    }
+
+    /// P-16, P-17, P-19: what to do about a prev event that is not here.
+    fn fill_gap(&self, head: &Head, unknown: EventId) -> Judgement {
+        let item = &self.item;
+        if item.pulled {
+            return Judgement::FetchState(unknown);
+        }
+        if item.asked || item.pdu.depth <= head.min_depth {
+            return refused("its prev events are not to be had");
+        }
+        let known = |id: &&EventId| {
+            let found = self.facts.find(std::slice::from_ref(*id));
+            found.is_ok_and(|found| {
+                found
+                    .iter()
+                    .flatten()
+                    .any(|found| found.known.place != Place::Outlier)
+            })
+        };
+        let known_prevs = item.pdu.prev_events.iter().filter(known);
+        Judgement::AskMissing(gap::ask(&self.facts.room, head, &item.pdu, known_prevs))
+    }
+
+    /// Checks 4 to 6, and the event's place.
+    fn judge_here(
+        &mut self,
+        head: &Arc<Head>,
+        known: &[protocol::nid::EventNid],
+        unknown: &[EventId],
+    ) -> Got<Judgement> {
+        let pdu = self.item.pdu.clone();
+        let own_key = pdu.state_key.clone().map(|key| (pdu.kind.clone(), key));
+        let keys = auth_keys(&pdu).into_iter().chain(own_key);
+        let ids = [pdu.event_id.clone()];
+        let numbered = self.facts.number(head.version, ids, keys);
+        let (auth, ()) = both(self.facts.auth_of(&pdu), numbered)?;
+        let Some(auth) = auth else {
+            return self.missing_auth_events(&pdu);
+        };
+        let (before, partial) = self.before(head, known, unknown)?;
+        let by_ref: Vec<_> = auth
+            .iter()
+            .map(|(_, pdu, rejected)| (&**pdu, *rejected))
+            .collect();
+        let create_key = [("m.room.create".into(), "".into())];
+        let create = self.facts.state_events(&before, &create_key)?;
+        let create = create.values().next().map(|(_, pdu)| pdu.clone());
+        let mut verdict = sift::match_auth(head.version, &pdu, create.as_deref(), &by_ref);
+        if verdict == Verdict::Accepted {
+            let passes = match partial {
+                true => {
+                    let auth: Vec<_> = auth.into_iter().map(|(nid, pdu, _)| (nid, pdu)).collect();
+                    self.facts.check_against_partial(&pdu, &before, &auth)?
+                }
+                false => self.facts.check_against(&pdu, &before)?,
+            };
+            if let Err(reason) = passes {
+                verdict = Verdict::Rejected(reason);
+            }
+        }
+        // Current state that is partial would soft-fail the innocent (P-12).
+        if verdict == Verdict::Accepted
+            && head.partial.is_none()
+            && let Err(reason) = self.facts.check_against(&pdu, &head.state)?
+        {
+            verdict = Verdict::SoftFailed(reason);
+        }
+        self.place(head, before, partial, verdict)
+    }
+
+    /// State before the event, and whether it is partial: if a known prev event is (P-5, P-6).
+    fn before(
+        &mut self,
+        head: &Head,
+        known: &[protocol::nid::EventNid],
+        unknown: &[EventId],
+    ) -> Got<(protocol::state::StateMap, bool)> {
+        if unknown.is_empty() {
+            return View::of(head).before(&mut self.facts, known);
+        }
+        let states = self.facts.states(known)?;
+        let partial = states.iter().flatten().any(|at| at.partial);
+        let mut maps: Vec<_> = states.into_iter().flatten().map(|at| at.after).collect();
+        let fetched = unknown.iter().filter_map(|id| self.fetched.get(id));
+        maps.extend(fetched.map(|fetched| fetched.after.clone()));
+        Ok((self.facts.resolve(head.version, maps)?, partial))
+    }
+
+    /// P-14.
+    fn missing_auth_events(&self, pdu: &Pdu) -> Got<Judgement> {
+        if self.asked_for_auth_events {
+            return Ok(refused("its auth events are not to be had"));
+        }
+        let found = self.facts.find(&pdu.auth_events)?;
+        let missing = pdu.auth_events.iter().zip(found);
+        let missing = missing.filter(|(_, found)| found.is_none());
+        Ok(Judgement::FetchAuthEvents(
+            missing.map(|(id, _)| id.clone()).collect(),
+        ))
+    }
+
+    fn place(
+        &mut self,
+        head: &Head,
+        before: protocol::state::StateMap,
+        partial: bool,
+        verdict: Verdict,
+    ) -> Got<Judgement> {
+        let pdu = self.item.pdu.clone();
+        let placed = Placed::new(&self.facts, pdu, before, partial, verdict.clone());
+        let children = self.facts.children(&[placed.nid])?;
+        let succeeded = children
+            .iter()
+            .flatten()
+            .any(|c| !c.rejected && !c.soft_failed);
+        let mut writes = WriteSet::new(self.facts.room.clone(), head.version);
+        writes.expect = Some(head.revision);
+        let mut view = View::of(head);
+        if !succeeded {
+            view.add(&mut self.facts, &placed)?;
+        }
+        writes.events = vec![placed.into_event(FanOut::Nobody, None)];
+        view.write(&mut writes);
+        let received = match verdict {
+            Verdict::Accepted => Received::Accepted,
+            Verdict::Rejected(reason) => Received::Rejected(reason),
+            Verdict::SoftFailed(reason) => Received::SoftFailed(reason),
+        };
+        Ok(Judgement::Commit(Box::new(writes), received))
+    }
+}
+
+fn refused(reason: &str) -> Judgement {
+    Judgement::End(Received::Refused(reason.to_owned()))
+}
+
+// -- rooms we are not in --------------------------------------------------------------------------
+
+impl Judging {
+    /// J-65, J-76, P-24.
+    fn judge_from_outside(&mut self, own: &Own, origin: &ServerName) -> Got<Judgement> {
+        if self
+            .facts
+            .head()?
+            .is_some_and(|head| head.handshake_running)
+        {
+            return Ok(Judgement::End(Received::Postponed));
+        }
+        let pdu = self.item.pdu.clone();
+        let target = match (pdu.membership(), pdu.state_key.as_deref()) {
+            (Some("leave" | "ban"), Some(target)) if target != pdu.sender.as_str() => target,
+            _ => return Ok(Judgement::End(Received::Dropped)),
+        };
+        let target = match UserId::parse(target) {
+            Ok(target) if target.server_name() == own.name => target,
+            _ => return Ok(Judgement::End(Received::Dropped)),
+        };
+        let stored = self.facts.out_of_band(&target)?;
+        let Some(stored) = stored.filter(|stored| pdu.auth_events.contains(&stored.pdu.event_id))
+        else {
+            return Ok(Judgement::End(Received::Dropped));
+        };
+        let entitled = match &*stored.membership {
+            "invite" => pdu.membership() == Some("leave") && pdu.sender == stored.pdu.sender,
+            "knock" => pdu.sender.server_name() == stored.via,
+            _ => false,
+        };
+        if !entitled || pdu.version != stored.pdu.version {
+            return Ok(Judgement::End(Received::Dropped));
+        }
+        let key = ("m.room.member".into(), target.as_str().into());
+        self.facts
+            .number(pdu.version, [pdu.event_id.clone()], [key])?;
+        let nid = self.facts.nid(&pdu.event_id).expect("just numbered");
+        let mut writes = WriteSet::new(self.facts.room.clone(), pdu.version);
+        writes.out_of_band = vec![OutOfBand {
+            user: target,
+            membership: "leave".into(),
+            event: nid,
+            stripped_state: stored.stripped_state.clone(),
+            via: origin.clone(),
+        }];
+        writes.events = vec![NewEvent {
+            nid,
+            key: self.facts.key_of(&pdu),
+            pdu,
+            place: Place::Outlier,
+            state: None,
+            verdict: Verdict::Accepted,
+            fan_out: FanOut::Nobody,
+            transaction: None,
+        }];
+        Ok(Judgement::Commit(Box::new(writes), Received::OutOfBand))
+    }
+}
