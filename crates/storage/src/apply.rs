@@ -805,7 +805,7 @@ fn link(
     let edges = |ids: fn(&Pdu) -> &[EventId]| -> Vec<(EventNid, &NewEvent)> {
         let of = |event: &&'_ NewEvent| {
             let nids = ids(&event.pdu).iter().filter_map(|id| numbers.get(id));
-            nids.map(|nid| *nid).collect::<Vec<_>>()
+            nids.copied().collect::<Vec<_>>()
         };
         placed
             .iter()

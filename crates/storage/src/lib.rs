@@ -17,7 +17,6 @@ pub mod e2ee;
 pub mod event_index;
 pub mod events;
 pub mod federation_reads;
-pub mod history;
 pub mod leases;
 pub mod load;
 pub mod media;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use protocol::id::{RoomId, ServerName, UserId};
-use protocol::nid::{EventNid, KeyNid, RoomNid};
+use protocol::nid::{EventNid, RoomNid};
 
 use crate::driver::{Conn, Result, Row};
 
@@ -69,8 +69,6 @@ const LOCAL_SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a
 const ROOMS_WITH_SERVER: &str = "SELECT h.room_nid, r.room_id FROM room_hosts h
     JOIN rooms r ON r.nid = h.room_nid WHERE h.server = $1 ORDER BY r.room_id";
 const SERVER_IN_ROOM: &str = "SELECT 1 FROM room_hosts WHERE room_nid = $1 AND server = $2";
-const MEMBER_KEYS_OF_SERVER: &str = "SELECT key_nid, state_key FROM state_keys
-    WHERE room_nid = $1 AND kind = 'm.room.member' AND state_key LIKE $2";
 
 /// The rooms that a user is joined to.
 pub fn joined_rooms(c: &mut dyn Conn, user: &UserId) -> Result<Vec<(RoomNid, RoomId)>> {
@@ -103,24 +101,4 @@ pub fn rooms_with_server(c: &mut dyn Conn, server: &ServerName) -> Result<Vec<(R
 
 pub fn server_is_in_room(c: &mut dyn Conn, room: RoomNid, server: &ServerName) -> Result<bool> {
     c.exists(SERVER_IN_ROOM, &[&room, server])
-}
-
-/// The state keys of a server's members, to look up in a state of any time.
-pub fn member_keys_of_server(
-    c: &mut dyn Conn,
-    room: RoomNid,
-    server: &ServerName,
-) -> Result<Vec<(KeyNid, UserId)>> {
-    // A server name holds nothing that LIKE takes for a pattern; LIKE may ignore case, the filter does not.
-    let pattern = format!("@%:{server}");
-    let mut found = Vec::new();
-    c.query(MEMBER_KEYS_OF_SERVER, &[&room, &pattern], &mut |row| {
-        if let Ok(user) = UserId::parse(row.text(1)?)
-            && user.server_str() == server.as_str()
-        {
-            found.push((row.key_nid(0)?, user));
-        }
-        Ok(())
-    })?;
-    Ok(found)
 }

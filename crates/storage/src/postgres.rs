@@ -200,7 +200,9 @@ impl Session {
         let mut failure = None;
         for attempt in 0..CONNECTS_MAX {
             if attempt > 0 {
-                std::thread::sleep(Duration::from_millis(100 << attempt));
+                let pause = Duration::from_millis(100 << attempt);
+                self.runtime
+                    .block_on(async { tokio::time::sleep(pause).await });
             }
             match self.runtime.block_on(self.config.connect(NoTls)) {
                 Ok((client, connection)) => {

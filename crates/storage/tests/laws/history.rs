@@ -4,7 +4,7 @@ use protocol::id::EventId;
 use room::effect::{Load, Loaded};
 use room::write::Verdict;
 use serde_json::json;
-use storage::{history, leases, memberships, purge, rooms};
+use storage::{federation_reads, leases, memberships, purge, rooms};
 
 use crate::engines::Database;
 use crate::laws::rooms::{Fixture, placed, server, user};
@@ -32,10 +32,10 @@ pub async fn missing_events_lie_between(database: &Database) {
             let room = rooms::by_id(c, &room)?.unwrap().nid;
             let (earliest, latest) = (&asked[1..2], &asked[8..9]);
             Ok((
-                history::missing_events(c, room, earliest, latest, 0, 100)?.len(),
-                history::missing_events(c, room, earliest, latest, 9, 100)?.len(),
-                history::missing_events(c, room, earliest, latest, 0, 2)?,
-                history::backfill(c, room, latest, 100)?,
+                federation_reads::missing_events(c, room, earliest, latest, 0, 100)?.len(),
+                federation_reads::missing_events(c, room, earliest, latest, 9, 100)?.len(),
+                federation_reads::missing_events(c, room, earliest, latest, 0, 2)?,
+                federation_reads::backfill(c, room, latest, 100)?,
             ))
         })
         .await
@@ -69,13 +69,18 @@ pub async fn rejected_events_are_not_served(database: &Database) {
     event.verdict = Verdict::Rejected("no".to_owned());
     writes.events.push(event);
     fixture.commit(writes).await.unwrap();
-    let id = made.pdu.event_id.clone();
+    let room = fixture.room.clone();
+    let from = vec![made.pdu.event_id.clone()];
     let found = fixture
         .store
-        .read(move |c| history::servable(c, &id))
+        .read(move |c| {
+            let room = rooms::by_id(c, &room)?.unwrap().nid;
+            federation_reads::backfill(c, room, &from, 10)
+        })
         .await
         .unwrap();
-    assert_eq!(found, None);
+    assert_eq!(found.len(), 2, "the join and the create event");
+    assert!(!found.contains(&made.nid));
 }
 
 pub async fn members_are_found_by_room_user_and_server(database: &Database) {
@@ -115,7 +120,7 @@ pub async fn members_are_found_by_room_user_and_server(database: &Database) {
             );
             let rooms = memberships::joined_rooms(c, &user("@bob:b.org"))?;
             assert_eq!(rooms, [(nid, room.clone())]);
-            let keys = memberships::member_keys_of_server(c, nid, &server("b.org"))?;
+            let keys = federation_reads::member_keys_of(c, nid, &server("b.org"))?;
             assert_eq!(keys.len(), 2, "in small letters only");
             assert!(memberships::server_is_in_room(c, nid, &server("b.org"))?);
             Ok(())
