@@ -26,17 +26,20 @@ pub enum Limit {
     Message,
     /// Joins and invites, by user.
     Join,
+    /// Joins of other servers' users, by room.
+    RemoteJoin,
     /// Uploads, by user.
     Upload,
 }
 
 impl Limit {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Registration,
         Self::Login,
         Self::Password,
         Self::Message,
         Self::Join,
+        Self::RemoteJoin,
         Self::Upload,
     ];
 
@@ -48,6 +51,7 @@ impl Limit {
             Self::Password => (10, 5),
             Self::Message => (300, 60),
             Self::Join => (30, 20),
+            Self::RemoteJoin => (120, 60),
             Self::Upload => (60, 30),
         }
     }

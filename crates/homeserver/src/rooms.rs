@@ -191,6 +191,17 @@ impl Rooms<'_> {
             .ok_or_else(|| MatrixError::internal("Nothing was sent"))
     }
 
+    /// Ties the room's forward extremities together by an event of one of our users.
+    pub(crate) async fn send_dummy(&self, room: &RoomId) -> Result<()> {
+        let head = self.head(room).await?;
+        let Some(user) = head.and_then(|head| head.local_joined.first().cloned()) else {
+            return Ok(());
+        };
+        self.send_all(vec![send::Draft::dummy(user)], room)
+            .await
+            .map(drop)
+    }
+
     async fn send_all(&self, drafts: Vec<send::Draft>, room: &RoomId) -> Result<Sent> {
         match self.try_send(drafts, room).await? {
             Ok(sent) => Ok(sent),

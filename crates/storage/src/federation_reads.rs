@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 
-use protocol::id::{EventId, RoomId, ServerName};
+use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::state::StateMap;
@@ -258,4 +258,59 @@ pub fn closest_event(
     c.query_opt(sql, &[&room, &ts_ms], |row| {
         Ok((row.event_nid(0)?, row.id(1)?, row.int(2)?))
     })
+}
+
+const REDACTION_TARGETS: &str = "SELECT i.nid FROM event_ids i
+    WHERE i.nid IN (SELECT value FROM rarray($1))
+    AND EXISTS (SELECT 1 FROM redactions d WHERE d.target = i.event_id)";
+
+/// Those of these events that an accepted redaction names.
+pub fn redaction_targets(c: &mut dyn Conn, events: &[EventNid]) -> Result<Vec<EventNid>> {
+    let numbers = events::raw(events);
+    c.query_all(REDACTION_TARGETS, &[&numbers], |row| row.event_nid(0))
+}
+
+const PLAIN_KEYS: &str = "SELECT key_nid FROM state_keys
+    WHERE room_nid = $1 AND (kind < 'm.room.member' OR kind > 'm.room.member')";
+
+/// Every state key that is not a membership.
+pub fn keys_without_members(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<KeyNid>> {
+    c.query_all(PLAIN_KEYS, &[&room], |row| row.key_nid(0))
+}
+
+const PRESENT: &str = "SELECT user_id, event_nid FROM memberships
+    WHERE room_nid = $1 AND membership IN ('join', 'invite') AND user_id <> $2
+    ORDER BY position, event_nid LIMIT $3";
+const GONE: &str = "SELECT user_id, event_nid FROM memberships
+    WHERE room_nid = $1 AND membership IN ('leave', 'ban') AND user_id <> $2
+    ORDER BY position, event_nid LIMIT $3";
+
+/// Membership events that name a room without a name (R-50): of those joined or invited, oldest first, or
+/// of those gone when there is nobody. Only what stands in `state`, which may be older than the table.
+pub fn heroes(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    state: &StateMap,
+    without: &UserId,
+    limit: usize,
+) -> Result<Vec<EventNid>> {
+    // Some more than needed, for those who changed meanwhile.
+    let asked = i64::try_from(limit * 4).unwrap_or(i64::MAX);
+    for sql in [PRESENT, GONE] {
+        let found = c.query_all(sql, &[&room, without, &asked], |row| {
+            Ok((row.shared(0)?, row.event_nid(1)?))
+        })?;
+        let mut heroes = Vec::new();
+        for (user, event) in found {
+            let key = states::key(c, room, "m.room.member", &user)?;
+            if key.and_then(|key| state.get(key)) == Some(event) {
+                heroes.push(event);
+            }
+        }
+        if !heroes.is_empty() {
+            heroes.truncate(limit);
+            return Ok(heroes);
+        }
+    }
+    Ok(Vec::new())
 }
