@@ -326,7 +326,7 @@ impl<'a> Pass<'a> {
         match self.peek() {
             Some(b'"') => {
                 self.at += 1;
-                self.string()
+                self.string().map(|_| ())
             }
             Some(b'{') => {
                 let base = self.members.len();
@@ -399,6 +399,7 @@ impl<'a> Pass<'a> {
             return Ok(());
         }
         let mut sorted = true;
+        let mut escapes = false;
         loop {
             self.space();
             if self.peek() != Some(b'"') {
@@ -406,7 +407,7 @@ impl<'a> Pass<'a> {
             }
             self.at += 1;
             let start = self.out.len();
-            self.string()?;
+            escapes |= self.string()?;
             self.space();
             if self.peek() != Some(b':') {
                 return self.syntax();
@@ -420,7 +421,7 @@ impl<'a> Pass<'a> {
             };
             if sorted && self.members.len() > base {
                 let last = self.members[self.members.len() - 1];
-                sorted = compare_keys(self.out.as_bytes(), last, member) == Ordering::Less;
+                sorted = compare_keys(&self.out, last, member, escapes) == Ordering::Less;
             }
             self.space();
             self.value(depth + 1)?;
@@ -438,22 +439,22 @@ impl<'a> Pass<'a> {
         }
         self.at += 1;
         if !sorted {
-            self.sort(base)?;
+            self.sort(base, escapes)?;
         }
         self.out.push('}');
         Ok(())
     }
 
     /// Brings the members from `base` on in order, and their text in `out`.
-    fn sort(&mut self, base: usize) -> Result<(), JsonError> {
-        let out = self.out.as_bytes();
+    fn sort(&mut self, base: usize, escapes: bool) -> Result<(), JsonError> {
+        let out = &self.out;
         let members = &mut self.members;
         let begin = members[base].start;
         // Stable, so that of equal keys the last is the last.
-        members[base..].sort_by(|a, b| compare_keys(out, *a, *b));
+        members[base..].sort_by(|a, b| compare_keys(out, *a, *b, escapes));
         let mut kept = base;
         for next in base + 1..members.len() {
-            if compare_keys(out, members[kept], members[next]) == Ordering::Equal {
+            if compare_keys(out, members[kept], members[next], escapes) == Ordering::Equal {
                 if self.strict {
                     return Err(JsonError::DuplicateKey(self.at));
                 }
@@ -480,9 +481,10 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// After the opening quote; leaves after the closing one.
-    fn string(&mut self) -> Result<(), JsonError> {
+    /// After the opening quote; leaves after the closing one. Whether an escape was written.
+    fn string(&mut self) -> Result<bool, JsonError> {
         self.out.push('"');
+        let mut escapes = false;
         loop {
             let from = self.at;
             while let Some(word) = self.rest().first_chunk()
@@ -498,19 +500,19 @@ impl<'a> Pass<'a> {
                 Some(b'"') => {
                     self.at += 1;
                     self.out.push('"');
-                    return Ok(());
+                    return Ok(escapes);
                 }
                 Some(b'\\') => {
                     self.at += 1;
-                    self.escape()?;
+                    escapes |= self.escape()?;
                 }
                 _ => return self.syntax(),
             }
         }
     }
 
-    /// After a backslash.
-    fn escape(&mut self) -> Result<(), JsonError> {
+    /// After a backslash. Whether an escape was written, not the character itself.
+    fn escape(&mut self) -> Result<bool, JsonError> {
         let letter = self.peek();
         self.at += 1;
         let character = match letter {
@@ -529,10 +531,10 @@ impl<'a> Pass<'a> {
             }
         };
         let escape = u8::try_from(u32::from(character)).ok().and_then(escape_of);
-        match escape {
+        match &escape {
             Some(Escape::Short(letter)) => {
                 self.out.push('\\');
-                self.out.push(char::from(letter));
+                self.out.push(char::from(*letter));
             }
             Some(Escape::Hex(digits)) => {
                 self.out.push_str("\\u00");
@@ -540,7 +542,7 @@ impl<'a> Pass<'a> {
             }
             None => self.out.push(character),
         }
-        Ok(())
+        Ok(escape.is_some())
     }
 
     /// After `\u`.
@@ -686,17 +688,12 @@ fn are_plain(word: u64) -> bool {
 }
 
 /// By code point, which is by byte of the unescaped UTF-8.
-fn compare_keys(out: &[u8], a: Member, b: Member) -> Ordering {
-    let a = &out[a.start + 1..a.value - 2];
-    let b = &out[b.start + 1..b.value - 2];
-    let Some(at) = a.iter().zip(b).position(|(a, b)| a != b) else {
-        return a.len().cmp(&b.len());
-    };
-    let escaped = |key: &[u8]| key[..=at].contains(&b'\\');
-    if !escaped(a) && !escaped(b) {
-        return a[at].cmp(&b[at]);
+fn compare_keys(out: &str, a: Member, b: Member, escapes: bool) -> Ordering {
+    let (a, b) = (a.key(out).as_bytes(), b.key(out).as_bytes());
+    if escapes {
+        return unescaped(a).cmp(unescaped(b));
     }
-    unescaped(a).cmp(unescaped(b))
+    a.cmp(b)
 }
 
 /// The bytes that a canonical key stands for.

@@ -261,7 +261,7 @@ fn random_events_have_the_hashes_ids_and_signatures_that_ruma_gives() {
     )]);
     for version in RoomVersion::ALL {
         let rules = ruma_rules(version);
-        for seed in 0..300 {
+        for seed in 0..100 {
             let mut dice = Dice(seed);
             let event = random_event(&mut dice, version);
             let pdu = build::sign(event, &key, &server("domain"), version).unwrap();
@@ -320,7 +320,7 @@ fn random_events_have_the_hashes_ids_and_signatures_that_ruma_gives() {
 fn an_event_of_ruma_verifies_here_and_its_required_servers_agree() {
     for version in RoomVersion::ALL {
         let rules = ruma_rules(version);
-        for seed in 0..200 {
+        for seed in 0..100 {
             let mut dice = Dice(seed);
             let mut event = random_event(&mut dice, version);
             event.insert("content".into(), {
@@ -834,7 +834,7 @@ fn a_signing_key_is_read_as_it_was_written() {
 #[test]
 fn no_bytes_make_the_parsers_panic() {
     let known = Known(spec_key(), vec!["domain"]);
-    for seed in 0..2_000 {
+    for seed in 0..1_000 {
         let mut dice = Dice(seed);
         let version = RoomVersion::ALL[dice.below(12)];
         let event = random_event(&mut dice, version);
