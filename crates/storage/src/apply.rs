@@ -274,6 +274,7 @@ impl Plan {
             PartialChange::Clear => clear(c, row.nid, marked_before, &mut applied)?,
             PartialChange::Free => free(c, row.nid)?,
         }
+        forget_device_lists(c, row.nid, &applied.memberships)?;
         for new in &writes.out_of_band {
             let position = out_of_band::put(c, row.nid, new)?;
             applied.out_of_band.push((new.user.clone(), position));
@@ -558,7 +559,25 @@ impl Plan {
         let pdus = events::pdus(c, &raised)?;
         let shown: Vec<(EventNid, &Pdu)> = pdus.iter().map(|(nid, pdu)| (*nid, &**pdu)).collect();
         event_index::add(c, row.nid, &shown)?;
-        event_index::remove(c, &fallen)
+        event_index::remove(c, &fallen)?;
+        // Whose membership was judged wrongly was out of the room, or in it, at a time when we did not know:
+        // changes of their devices may have been missed.
+        let fallen = events::pdus(c, &fallen)?;
+        for pdu in pdus.values().chain(fallen.values()) {
+            let Some(user) = pdu
+                .state_key
+                .as_deref()
+                .filter(|_| &*pdu.kind == "m.room.member")
+            else {
+                continue;
+            };
+            if let Ok(user) = UserId::parse(user)
+                && user.server_str() != self.own.as_str()
+            {
+                crate::e2ee::drop_remote_list(c, &user)?;
+            }
+        }
+        Ok(())
     }
 
     // -- The current state ------------------------------------------------------------------------
@@ -907,6 +926,27 @@ fn mark(c: &mut dyn Conn, room: RoomNid, marker: &PartialMarker) -> Result<()> {
         .collect();
     if !rows.is_empty() {
         c.execute_many(INSERT_SERVER, &rows)?;
+    }
+    Ok(())
+}
+
+/// Cached device lists go with the last room that is shared with their user.
+fn forget_device_lists(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    changes: &[MembershipChange],
+) -> Result<()> {
+    let left = |change: &&MembershipChange| {
+        change.before.as_deref() == Some("join") && change.after.as_deref() != Some("join")
+    };
+    let (ours, theirs): (Vec<_>, Vec<_>) = changes.iter().filter(left).partition(|c| c.local);
+    let theirs: Vec<UserId> = theirs
+        .into_iter()
+        .map(|change| change.user.clone())
+        .collect();
+    devices::forget_untracked(c, &theirs)?;
+    if !ours.is_empty() {
+        devices::forget_untracked_in(c, room)?;
     }
     Ok(())
 }

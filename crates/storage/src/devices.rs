@@ -1,6 +1,7 @@
 //! The devices of our users, and the stream of device list changes.
 
 use protocol::id::{ServerName, UserId};
+use protocol::nid::RoomNid;
 
 use crate::driver::{Conn, Result, texts};
 use crate::streams::{self, Stream};
@@ -110,7 +111,10 @@ const CHANGED_AMONG: &str = "SELECT DISTINCT user_id FROM device_list_changes
     ORDER BY user_id";
 const LOCAL_CHANGES_OF: &str = "SELECT device_id, MAX(position) FROM device_list_changes
     WHERE user_id = $1 AND position > $2 GROUP BY device_id ORDER BY MAX(position)";
-const LAST_CHANGE: &str = "SELECT MAX(position) FROM device_list_changes WHERE user_id = $1";
+const LAST_CHANGE: &str = "SELECT MAX(position) FROM device_list_changes
+    WHERE user_id = $1 AND device_id <> ''";
+const CHANGED_SINCE: &str = "SELECT 1 FROM device_list_changes
+    WHERE user_id = $1 AND position > $2 LIMIT 1";
 
 /// Puts a change into the stream; `device` is empty for cross-signing keys or an unknown set of devices.
 pub fn changed(c: &mut dyn Conn, user: &UserId, device: &str) -> Result<i64> {
@@ -145,22 +149,15 @@ pub fn changes_of(c: &mut dyn Conn, user: &UserId, since: i64) -> Result<Vec<(St
     })
 }
 
-/// The position of the user's latest change, 0 when there was none.
+/// The position of the latest change of one of the user's devices, 0 when there was none: the stream id
+/// that other servers are told.
 pub fn last_change(c: &mut dyn Conn, user: &UserId) -> Result<i64> {
     Ok(c.query_int(LAST_CHANGE, &[user])?.unwrap_or(0))
 }
 
-const SENT: &str = "SELECT position FROM device_list_sent WHERE server = $1 AND user_id = $2";
-const SET_SENT: &str = "INSERT INTO device_list_sent (server, user_id, position)
-    VALUES ($1, $2, $3) ON CONFLICT (server, user_id) DO UPDATE SET position = excluded.position";
-
-/// The newest change of this user that this server was told.
-pub fn sent(c: &mut dyn Conn, server: &ServerName, user: &UserId) -> Result<Option<i64>> {
-    c.query_int(SENT, &[server, user])
-}
-
-pub fn set_sent(c: &mut dyn Conn, server: &ServerName, user: &UserId, position: i64) -> Result<()> {
-    c.execute(SET_SENT, &[server, user, &position]).map(drop)
+/// Whether anything about this user changed after a position.
+pub fn changed_since(c: &mut dyn Conn, user: &UserId, since: i64) -> Result<bool> {
+    c.exists(CHANGED_SINCE, &[user, &since])
 }
 
 const PEND: &str = "INSERT INTO pending_device_updates (position, user_id) VALUES ($1, $2)";
@@ -183,4 +180,59 @@ pub fn pending_since(c: &mut dyn Conn, position: i64) -> Result<Vec<UserId>> {
 /// Removes what no partial room can need any more (P-56).
 pub fn drop_pending(c: &mut dyn Conn, up_to: i64) -> Result<()> {
     c.execute(DROP_PENDING, &[&up_to]).map(drop)
+}
+
+const AUDIENCE: &str = "SELECT h.server AS server FROM memberships m
+    JOIN room_hosts h ON h.room_nid = m.room_nid
+    WHERE m.user_id = $1 AND m.membership = 'join' AND h.joined > 0
+    UNION SELECT p.server AS server FROM memberships m
+    JOIN partial_servers p ON p.room_nid = m.room_nid
+    WHERE m.user_id = $1 AND m.membership = 'join' ORDER BY server";
+const LOCAL_SHARING: &str = "SELECT DISTINCT l.user_id FROM memberships m
+    JOIN memberships l ON l.room_nid = m.room_nid AND l.local = 1 AND l.membership = 'join'
+    WHERE m.user_id = $1 AND m.membership = 'join' ORDER BY l.user_id";
+const TRACKED: &str = "SELECT 1 FROM memberships m
+    JOIN memberships l ON l.room_nid = m.room_nid AND l.local = 1 AND l.membership = 'join'
+    WHERE m.user_id = $1 AND m.membership = 'join' AND (m.position > 0 OR NOT EXISTS
+        (SELECT 1 FROM partial_rooms p WHERE p.room_nid = m.room_nid)) LIMIT 1";
+const ANY_PARTIAL: &str = "SELECT 1 FROM partial_rooms LIMIT 1";
+const LISTED_IN_ROOM: &str = "SELECT r.user_id FROM remote_device_lists r
+    JOIN memberships m ON m.user_id = r.user_id WHERE m.room_nid = $1";
+
+/// The servers that are told of this user's devices: those with a joined member in a shared room, and of
+/// partial rooms the join list (P-49). Ours may be among them.
+pub fn audience(c: &mut dyn Conn, user: &UserId) -> Result<Vec<ServerName>> {
+    c.query_all(AUDIENCE, &[user], |row| row.id(0))
+}
+
+/// Our users that share a room with this user.
+pub fn local_sharing(c: &mut dyn Conn, user: &UserId) -> Result<Vec<UserId>> {
+    c.query_all(LOCAL_SHARING, &[user], |row| row.id(0))
+}
+
+/// Whether a remote user's server keeps us up to date: the user is in a room with one of ours, and did not
+/// come to our knowledge as a member from before the join of a room that is still partial (P-57 to P-59).
+pub fn is_tracked(c: &mut dyn Conn, user: &UserId) -> Result<bool> {
+    c.exists(TRACKED, &[user])
+}
+
+pub fn any_partial_room(c: &mut dyn Conn) -> Result<bool> {
+    c.exists(ANY_PARTIAL, &[])
+}
+
+/// Forgets the cached list of each of these users who is not tracked any more: nobody tells us of their
+/// changes, so a list kept would be wrong one day (P-58, P-60).
+pub fn forget_untracked(c: &mut dyn Conn, users: &[UserId]) -> Result<()> {
+    for user in users {
+        if !is_tracked(c, user)? {
+            crate::e2ee::drop_remote_list(c, user)?;
+        }
+    }
+    Ok(())
+}
+
+/// As [`forget_untracked`], for everybody in a room that one of our users has left.
+pub fn forget_untracked_in(c: &mut dyn Conn, room: RoomNid) -> Result<()> {
+    let listed: Vec<UserId> = c.query_all(LISTED_IN_ROOM, &[&room], |row| row.id(0))?;
+    forget_untracked(c, &listed)
 }

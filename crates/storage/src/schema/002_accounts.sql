@@ -170,14 +170,6 @@ CREATE TABLE device_list_changes (
 );
 CREATE INDEX device_list_changes_of_user ON device_list_changes (user_id, position);
 
--- The newest change of a local user that a server was told, for prev_id.
-CREATE TABLE device_list_sent (
-    server TEXT NOT NULL,
-    user_id TEXT NOT NULL,
-    position BIGINT NOT NULL,
-    PRIMARY KEY (server, user_id)
-);
-
 -- The device lists of remote users that are kept up to date by m.device_list_update.
 CREATE TABLE remote_device_lists (
     user_id TEXT PRIMARY KEY,
