@@ -16,6 +16,7 @@ use storage::accounts::Purpose;
 use crate::Homeserver;
 pub use crate::appservice::Appservice;
 use crate::config::Registration;
+use crate::device_lists;
 use crate::error::{MatrixError, Result};
 use crate::limits::Limit;
 use crate::uia::{Flows, Stage};
@@ -424,21 +425,22 @@ impl Homeserver {
         };
         let now_ms = self.clock().unix_ms();
         let (new, name) = (opened.clone(), session.display_name);
-        let created = self
+        let own = self.config().server_name.clone();
+        let audience = self
             .store()
             .write(move |c| {
-                let created =
-                    storage::devices::create(c, &new.user, &new.device, name.as_deref(), now_ms)?;
-                table::drop_tokens_of_device(c, &new.user, &new.device)?;
+                let (user, device) = (&new.user, &new.device);
+                let created = storage::devices::create(c, user, device, name.as_deref(), now_ms)?;
+                table::drop_tokens_of_device(c, user, device)?;
                 put_tokens(c, &new, now_ms, None)?;
-                if created {
-                    storage::devices::changed(c, &new.user, &new.device)?;
+                if !created {
+                    return Ok(None);
                 }
-                Ok(created)
+                device_lists::record(c, &own, user, &[device]).map(Some)
             })
             .await?;
-        if created {
-            self.device_list_moved(user);
+        if let Some(audience) = audience {
+            self.tell_device_lists(user, &audience);
         }
         Ok(opened)
     }

@@ -9,8 +9,8 @@ use storage::devices as table;
 use storage::devices::Device;
 
 use crate::Homeserver;
+use crate::device_lists;
 use crate::error::{MatrixError, Result};
-use crate::notifier::Topic;
 
 /// A longer name is refused.
 const DISPLAY_NAME_BYTES_MAX: usize = 1024;
@@ -49,36 +49,33 @@ impl Homeserver {
             return Err(MatrixError::too_large("The display name is too long"));
         }
         let (owner, device) = (user.clone(), device.to_owned());
-        let renamed = self
+        let own = self.config().server_name.clone();
+        let audience = self
             .store()
             .write(move |c| {
-                let renamed = table::rename(c, &owner, &device, name.as_deref())?;
-                if renamed {
-                    table::changed(c, &owner, &device)?;
+                if !table::rename(c, &owner, &device, name.as_deref())? {
+                    return Ok(None);
                 }
-                Ok(renamed)
+                device_lists::record(c, &own, &owner, &[&device]).map(Some)
             })
             .await?;
-        if !renamed {
-            return Err(MatrixError::not_found("There is no such device"));
-        }
-        self.device_list_moved(user);
+        let audience = audience.ok_or_else(|| MatrixError::not_found("There is no such device"))?;
+        self.tell_device_lists(user, &audience);
         Ok(())
     }
 
     /// Logs these devices out and forgets all that belongs to them. Unknown ones are passed over.
     pub async fn delete_devices(&self, user: &UserId, devices: Vec<String>) -> Result<()> {
-        let owner = user.clone();
-        let any = self
+        let (owner, own) = (user.clone(), self.config().server_name.clone());
+        let audience = self
             .store()
             .write(move |c| {
-                let mut any = false;
+                let mut deleted = Vec::new();
                 for device in &devices {
                     if !table::delete(c, &owner, device)? {
                         continue;
                     }
-                    any = true;
-                    table::changed(c, &owner, device)?;
+                    deleted.push(device.as_str());
                     for prefix in LOCAL_NOTIFICATION_SETTINGS {
                         let kind = format!("{prefix}{device}");
                         if storage::account_data::get(c, &owner, GLOBAL, &kind)?.is_some() {
@@ -86,12 +83,10 @@ impl Homeserver {
                         }
                     }
                 }
-                Ok(any)
+                device_lists::record(c, &own, &owner, &deleted)
             })
             .await?;
-        if any {
-            self.device_list_moved(user);
-        }
+        self.tell_device_lists(user, &audience);
         Ok(())
     }
 
@@ -102,12 +97,6 @@ impl Homeserver {
             devices.into_iter().map(|device| device.device_id).collect(),
         )
         .await
-    }
-
-    /// Wakes those who look at this user's devices: syncs, and the task that tells other servers.
-    pub(crate) fn device_list_moved(&self, user: &UserId) {
-        self.notifier().wake_user(user);
-        self.notifier().wake(&Topic::DeviceLists);
     }
 }
 

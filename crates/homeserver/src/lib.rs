@@ -7,15 +7,20 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
+pub mod backup;
 mod checks;
 pub mod clock;
 mod commit;
 pub mod config;
+pub mod cross_signing;
+pub mod device_keys;
+pub mod device_lists;
 pub mod devices;
 mod drive;
 pub mod error;
 pub mod federation_reads;
 pub mod jobs;
+pub mod key_query;
 pub mod limits;
 pub mod notifier;
 pub mod outgoing;
@@ -26,6 +31,7 @@ pub mod rooms;
 pub mod server_keys;
 pub mod shared_secret;
 pub mod tasks;
+pub mod to_device;
 pub mod uia;
 
 use std::sync::Arc;
@@ -75,6 +81,7 @@ struct Inner {
     board: jobs::Board,
     handshakes: rooms::Handshakes,
     running: tasks::Running,
+    fetches: key_query::Fetches,
 }
 
 impl Homeserver {
@@ -122,6 +129,7 @@ impl Homeserver {
                 board: jobs::Board::default(),
                 handshakes: rooms::Handshakes::default(),
                 running: tasks::Running::default(),
+                fetches: key_query::Fetches::default(),
             }),
         }
     }

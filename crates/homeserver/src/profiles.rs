@@ -2,7 +2,10 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/#profiles>
 
+use std::time::Duration;
+
 use protocol::id::UserId;
+use room::effect::AskError;
 use serde_json::{Map, Value};
 use storage::profiles as table;
 
@@ -116,23 +119,46 @@ impl Homeserver {
             })
             .await?;
         if IN_MEMBER_EVENTS.contains(&name) {
-            self.profile_moved(user);
+            self.rooms().update_profile(user).await?;
         }
         Ok(())
     }
 }
 
-impl Homeserver {
-    /// The member events of the user's rooms follow.
-    fn profile_moved(&self, user: &UserId) {
-        self.notifier().wake_user(user);
-    }
+/// A remote profile is not worth waiting for longer: clients ask for many.
+const REMOTE_TIMEOUT: Duration = Duration::from_secs(10);
 
+impl Homeserver {
     async fn remote_profile(
         &self,
-        _user: &UserId,
-        _field: Option<&str>,
+        user: &UserId,
+        field: Option<&str>,
     ) -> Result<Map<String, Value>> {
-        Err(MatrixError::not_found("There is no such profile"))
+        let server = user.server_name();
+        let ask = self.client().query_profile(&server, user, field);
+        match tokio::time::timeout(REMOTE_TIMEOUT, ask).await {
+            Ok(Ok(Value::Object(fields))) => Ok(fields),
+            Ok(Err(AskError::Refused { status: 404, .. })) => {
+                Err(MatrixError::not_found("There is no such profile"))
+            }
+            _ => Err(MatrixError::bad_gateway("The user's server does not tell")),
+        }
+    }
+
+    /// What another server may ask of a profile: all of it, or one field.
+    pub async fn federation_profile(
+        &self,
+        user: &UserId,
+        field: Option<&str>,
+    ) -> Result<Map<String, Value>> {
+        let fields = if self.config().is_ours(user) {
+            self.local_profile(user).await?
+        } else {
+            None
+        };
+        let mut fields =
+            fields.ok_or_else(|| MatrixError::not_found("There is no such profile"))?;
+        fields.retain(|name, _| field.is_none_or(|field| field == name));
+        Ok(fields)
     }
 }

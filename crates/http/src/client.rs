@@ -7,9 +7,12 @@ mod account_data;
 mod capabilities;
 mod devices;
 mod filter;
+mod keys;
 mod login;
 mod profile;
 pub mod register;
+mod room_keys;
+mod send_to_device;
 mod versions;
 
 use axum::Router;
@@ -26,9 +29,12 @@ pub fn routes() -> Router<Homeserver> {
         .merge(capabilities::routes())
         .merge(devices::routes())
         .merge(filter::routes())
+        .merge(keys::routes())
         .merge(login::routes())
         .merge(profile::routes())
-        .merge(register::routes());
+        .merge(register::routes())
+        .merge(room_keys::routes())
+        .merge(send_to_device::routes());
     Router::new()
         .nest("/_matrix/client/r0", versioned.clone())
         .nest("/_matrix/client/v1", versioned.clone())
