@@ -11,6 +11,8 @@ pub struct Config {
     pub server_name: ServerName,
     /// What clients should use, for the well-known file; `None`: not told.
     pub public_base_url: Option<String>,
+    /// `host:port` where we listen for other servers, for the well-known file; `None`: not told.
+    pub federation_address: Option<String>,
     pub default_room_version: RoomVersion,
     pub registration: Registration,
     /// Enables `/_synapse/admin/v1/register`.
@@ -71,6 +73,7 @@ impl Config {
         Self {
             server_name,
             public_base_url: None,
+            federation_address: None,
             default_room_version: RoomVersion::V12,
             registration: Registration::Closed,
             registration_shared_secret: None,
