@@ -10,6 +10,7 @@ use protocol::id::UserId;
 use rand::RngExt as _;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use storage::account_data::GLOBAL;
 use storage::accounts as table;
 use storage::accounts::Purpose;
 
@@ -19,6 +20,7 @@ use crate::config::Registration;
 use crate::device_lists;
 use crate::error::{MatrixError, Result};
 use crate::limits::Limit;
+use crate::push_rules::{self, PUSH_RULES};
 use crate::uia::{Flows, Stage};
 
 /// How long an access token lives when the client can refresh it.
@@ -380,6 +382,7 @@ impl Homeserver {
         account.created_ms = now_ms;
         let user = user.clone();
         let displayname = Value::from(user.localpart()).to_string();
+        let rules = push_rules::default_content(&user);
         let created = self
             .store()
             .write(move |c| {
@@ -391,6 +394,7 @@ impl Homeserver {
                 {
                     return Err(storage::Error::Refused("registration token".to_owned()));
                 }
+                storage::account_data::set(c, &user, GLOBAL, PUSH_RULES, &rules)?;
                 if !account.guest {
                     storage::profiles::set(c, &user, "displayname", &displayname)?;
                 }

@@ -1,5 +1,6 @@
 //! One commit of a room, and who is to be woken by it.
 
+use protocol::id::RoomId;
 use room::effect::Stale;
 use room::write::{PartialChange, WriteSet};
 use storage::apply::{self, Applied};
@@ -26,13 +27,29 @@ impl Homeserver {
         for change in applied.memberships.iter().filter(|change| change.local) {
             self.notifier().wake_user(&change.user);
         }
-        if moved(&applied) || clears {
+        if applied.events.iter().any(|placed| placed.position > 0) {
+            self.count_then_wake(&room);
+        } else if moved(&applied) || clears {
             self.notifier().wake_room(&room);
         }
         if applied.became_full.is_some() {
             self.tasks().room_is_full(&room, &applied);
         }
         Ok(Ok(()))
+    }
+}
+
+impl Homeserver {
+    /// Counts come before the wake-up, so that a client sees an event and its count together; whoever sent the
+    /// event does not wait for it.
+    fn count_then_wake(&self, room: &RoomId) {
+        let (hs, room) = (self.clone(), room.clone());
+        self.tracker().spawn(async move {
+            if let Err(error) = hs.count_room(&room).await {
+                tracing::warn!(%room, %error, "the push rules could not be run");
+            }
+            hs.notifier().wake_room(&room);
+        });
     }
 }
 

@@ -26,6 +26,8 @@ pub mod notifier;
 pub mod outgoing;
 mod passwords;
 pub mod profiles;
+pub mod push;
+pub mod push_rules;
 pub mod resident;
 pub mod rooms;
 pub mod server_keys;
@@ -82,6 +84,7 @@ struct Inner {
     handshakes: rooms::Handshakes,
     running: tasks::Running,
     fetches: key_query::Fetches,
+    push: push::State,
 }
 
 impl Homeserver {
@@ -130,6 +133,7 @@ impl Homeserver {
                 handshakes: rooms::Handshakes::default(),
                 running: tasks::Running::default(),
                 fetches: key_query::Fetches::default(),
+                push: push::State::default(),
             }),
         }
     }

@@ -10,6 +10,7 @@ mod filter;
 mod keys;
 mod login;
 mod profile;
+mod push_rules;
 pub mod register;
 mod room_keys;
 mod send_to_device;
@@ -32,6 +33,7 @@ pub fn routes() -> Router<Homeserver> {
         .merge(keys::routes())
         .merge(login::routes())
         .merge(profile::routes())
+        .merge(push_rules::routes())
         .merge(register::routes())
         .merge(room_keys::routes())
         .merge(send_to_device::routes());
