@@ -59,9 +59,8 @@ pub fn find_shared<E>(
     let agreed = |event: EventNid, key: Option<KeyNid>| {
         key.is_some_and(|key| maps.iter().all(|map| map.get(key) == Some(event)))
     };
-    let disputed = disputed(maps);
-    let mut shared = shared_in_set(maps, &disputed, set);
-    let in_question = difference_of_disputed(maps, &disputed, set);
+    let mut shared = shared_in_set(maps, &disputed(maps), set);
+    let in_question = in_question(maps, set, &[]);
     // Seen from below and known to lead to no entry that the maps agree on.
     let mut dead = BTreeSet::new();
     for event in in_question {
@@ -94,6 +93,24 @@ pub fn find_shared<E>(
         }
     }
     Ok(shared)
+}
+
+/// The events of the set for which [`find_shared`] matters: those in the auth chains of some of the
+/// disputed entries that are not in those of all maps and not, as far as the set shows, in that of an
+/// entry that all maps agree on. Where the maps hold events that the set has not got, `also` names what
+/// those stand on.
+pub fn in_question(maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTreeSet<EventNid> {
+    let disputed = disputed(maps);
+    let mut found = difference_of_disputed(maps, &disputed, set);
+    found.extend(also);
+    found.extend(auth_chain(also.iter().copied(), &|event| {
+        set.auth_events(event)
+    }));
+    if !found.is_empty() {
+        let shared = shared_in_set(maps, &disputed, set);
+        found.retain(|event| !shared.contains(event));
+    }
+    found
 }
 
 /// A page of what stands upon an event: see [`find_shared`].

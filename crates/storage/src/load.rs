@@ -6,6 +6,7 @@ use protocol::id::{EventId, RoomId, ServerName};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
+use protocol::state_resolution;
 use room::effect::{
     Child, EventSet, Found, Head, Known, Load, Loaded, Place, ReadyEvent, StateAt, StateKey,
     StoredEvent, StoredOutOfBand,
@@ -41,7 +42,7 @@ pub fn answer(c: &mut dyn Conn, room: &RoomId, load: &Load, own: &ServerName) ->
         Load::States { events } => states_at(c, row.nid, events),
         Load::StateEvents { state, keys } => state_events(c, row.nid, state, keys),
         Load::Closure { maps, also } => closure(c, row.nid, maps, also),
-        Load::Events { events } => set_of(c, row.nid, events.iter().copied(), BTreeSet::new()),
+        Load::Events { events } => set_of(c, row.nid, events.iter().copied()).map(Loaded::Closure),
         Load::ReadyPartial { limit } => ready_partial(c, row.nid, *limit),
         Load::Children { events } => children(c, row.nid, events),
         Load::AuthDependents { events } => auth_dependents(c, row.nid, events),
@@ -349,24 +350,56 @@ fn closure(
     let readable = rule_keys(c, room, bodies.values())?;
     wanted.extend(readable.values().flat_map(at));
     let all = events::auth_closure(c, wanted)?;
-    let shared = if differing.is_empty() {
-        BTreeSet::new()
-    } else {
-        let agreed = maps.first().into_iter().flat_map(StateMap::iter);
-        let agreed = agreed.filter(|(key, _)| !differing.contains(key));
-        let tops: Vec<EventNid> = agreed.map(|(_, nid)| nid).collect();
-        let chains = events::auth_chain(c, &tops)?;
-        all.intersection(&chains).copied().collect()
-    };
-    set_of(c, room, all, shared)
+    let mut set = set_of(c, room, all)?;
+    if !differing.is_empty() {
+        set.shared = shared(c, maps, &differing, &set, also)?;
+    }
+    Ok(Loaded::Closure(set))
+}
+
+/// Entries whose auth chains are read in the first step; each further one takes four times as many.
+const AGREED_FIRST: usize = 256;
+
+/// What of the set is in the auth chain of an entry that all maps agree on, as far as it matters.
+///
+/// Mostly the newest few hundred such entries stand on all that is in question. Only for an event that
+/// nothing stands on have they all to be walked.
+fn shared(
+    c: &mut dyn Conn,
+    maps: &[StateMap],
+    differing: &BTreeSet<KeyNid>,
+    set: &EventSet,
+    also: &[EventNid],
+) -> Result<BTreeSet<EventNid>> {
+    let mut open = state_resolution::in_question(maps, set, also);
+    let mut shared = BTreeSet::new();
+    if open.is_empty() {
+        return Ok(shared);
+    }
+    let mut agreed: Vec<EventNid> = maps
+        .iter()
+        .take(1)
+        .flat_map(StateMap::iter)
+        .filter(|(key, _)| !differing.contains(key))
+        .map(|(_, nid)| nid)
+        .collect();
+    agreed.sort_unstable();
+    let mut step = AGREED_FIRST;
+    while !open.is_empty() && !agreed.is_empty() {
+        let newest = agreed.split_off(agreed.len().saturating_sub(step));
+        let chains = events::auth_chain(c, &newest)?;
+        open.retain(|nid| !chains.contains(nid));
+        shared.extend(set.events.keys().filter(|nid| chains.contains(nid)));
+        step = step.saturating_mul(4);
+    }
+    Ok(shared)
 }
 
 fn set_of(
     c: &mut dyn Conn,
     room: RoomNid,
     wanted: impl IntoIterator<Item = EventNid>,
-    shared: BTreeSet<EventNid>,
-) -> Result<Loaded> {
+) -> Result<EventSet> {
     let nids: Vec<EventNid> = wanted.into_iter().collect();
     let statuses = events::statuses(c, &nids)?;
     let bodies = events::bodies(c, &nids)?;
@@ -382,11 +415,11 @@ fn set_of(
         };
         (nid, event)
     });
-    Ok(Loaded::Closure(EventSet {
+    Ok(EventSet {
         events: stored.collect(),
         keys,
-        shared,
-    }))
+        shared: BTreeSet::new(),
+    })
 }
 
 // -- The DAG --------------------------------------------------------------------------------------
