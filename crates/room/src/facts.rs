@@ -119,6 +119,10 @@ impl Facts {
         }
     }
 
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Takes a reply. `true` when it was awaited and nothing else is, so that it is time to think again.
     pub fn hear(&mut self, ticket: Ticket, loaded: Loaded) -> bool {
         let Some(load) = self.waiting.remove(&ticket) else {
@@ -264,6 +268,11 @@ impl Facts {
         self.keys.get(&(kind.into(), state_key.into())).copied()
     }
 
+    fn own_event(&self, id: &EventId) -> Option<(EventNid, &StoredEvent)> {
+        let nid = self.nid(id).filter(|nid| self.own.contains(nid))?;
+        Some((nid, &self.events.events[&nid]))
+    }
+
     /// The number of an event's own state key.
     pub fn key_of(&self, pdu: &Pdu) -> Option<KeyNid> {
         self.key(&pdu.kind, pdu.state_key.as_deref()?)
@@ -366,14 +375,12 @@ impl Facts {
     /// An event's auth events in order, each with whether it is rejected; `None` when one is not here.
     pub fn auth_of(&self, pdu: &Pdu) -> Got<Option<Vec<(EventNid, Arc<Pdu>, bool)>>> {
         let found = self.find(&pdu.auth_events)?;
-        let auth = found.into_iter().map(|found| {
+        let auth = found.into_iter().zip(&pdu.auth_events).map(|(found, id)| {
+            if let Some((nid, own)) = self.own_event(id) {
+                return Some((nid, own.pdu.clone(), own.rejected));
+            }
             let found = found?;
-            let nid = found.known.nid;
-            let rejected = match self.events.events.get(&nid) {
-                Some(event) if self.own.contains(&nid) => event.rejected,
-                _ => found.known.rejected,
-            };
-            Some((nid, found.pdu, rejected))
+            Some((found.known.nid, found.pdu, found.known.rejected))
         });
         Ok(auth.collect())
     }

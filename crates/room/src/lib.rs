@@ -6,17 +6,24 @@
 //! the machine.
 
 mod chance;
+mod exchange;
 mod facts;
 mod fetch;
+mod judge;
+mod out_of_band;
 mod outbox;
 mod sift;
 mod thinking;
 mod view;
 
 pub mod acl;
+pub mod backfill;
 pub mod candidates;
 pub mod effect;
+pub mod invite;
 pub mod join;
+pub mod knock;
+pub mod leave;
 pub mod receive;
 pub mod refusal;
 pub mod resident;

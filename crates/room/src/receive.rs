@@ -17,11 +17,12 @@ use protocol::room_version::RoomVersion;
 use crate::effect::{Effect, Head, Input, Machine, Now, Place, Ticket};
 use crate::facts::{Facts, Got, auth_keys, both};
 use crate::fetch::{Fetch, Fetched};
+use crate::out_of_band;
 use crate::outbox::Outbox;
 use crate::sift;
 use crate::template::Own;
 use crate::view::{Placed, View, split_prevs};
-use crate::write::{FanOut, NewEvent, OutOfBand, Verdict, WriteSet};
+use crate::write::{FanOut, Verdict, WriteSet};
 
 mod gap;
 
@@ -503,28 +504,8 @@ impl Judging {
         if !entitled || pdu.version != stored.pdu.version {
             return Ok(Judgement::End(Received::Dropped));
         }
-        let key = ("m.room.member".into(), target.as_str().into());
-        self.facts
-            .number(pdu.version, [pdu.event_id.clone()], [key])?;
-        let nid = self.facts.nid(&pdu.event_id).expect("just numbered");
-        let mut writes = WriteSet::new(self.facts.room.clone(), pdu.version);
-        writes.out_of_band = vec![OutOfBand {
-            user: target,
-            membership: "leave".into(),
-            event: nid,
-            stripped_state: stored.stripped_state.clone(),
-            via: origin.clone(),
-        }];
-        writes.events = vec![NewEvent {
-            nid,
-            key: self.facts.key_of(&pdu),
-            pdu,
-            place: Place::Outlier,
-            state: None,
-            verdict: Verdict::Accepted,
-            fan_out: FanOut::Nobody,
-            transaction: None,
-        }];
+        let shown = stored.stripped_state.clone();
+        let writes = out_of_band::writes(&self.facts, &pdu, &target, origin, shown)?;
         Ok(Judgement::Commit(Box::new(writes), Received::OutOfBand))
     }
 }

@@ -17,10 +17,10 @@ use crate::effect::{
     Effect, Extremity, Head, Input, Load, Loaded, Machine, Now, ReadyEvent, StateAt, Step,
     StoredEvent, Tell, Ticket,
 };
-use crate::facts::{self, Facts, Got, auth_keys, both};
+use crate::facts::{self, Facts, Got, both};
 use crate::fetch::{Fetch, Fetched, Unfetched};
+use crate::judge;
 use crate::outbox::Outbox;
-use crate::sift;
 use crate::template::Own;
 use crate::write::{EventState, PartialChange, Rejudged, Verdict, WriteSet};
 
@@ -575,28 +575,12 @@ fn judge_again(
     event: &ReadyEvent,
     before: &StateMap,
 ) -> Got<Verdict> {
-    let pdu = &event.pdu;
-    let own_key = pdu.state_key.clone().map(|key| (pdu.kind.clone(), key));
-    let keys = auth_keys(pdu).into_iter().chain(own_key);
-    let numbered = facts.number(head.version, [], keys);
-    let (auth, ()) = both(facts.auth_of(pdu), numbered)?;
-    let Some(auth) = auth else {
-        return Ok(Verdict::Rejected("an auth event is not here".to_owned()));
-    };
-    let create_key = [("m.room.create".into(), "".into())];
-    let create = facts.state_events(before, &create_key)?;
-    let create = create.values().next().map(|(_, pdu)| &**pdu);
-    let by_ref: Vec<_> = auth
-        .iter()
-        .map(|(_, pdu, rejected)| (&**pdu, *rejected))
-        .collect();
-    let verdict = sift::match_auth(head.version, pdu, create, &by_ref);
-    if verdict != Verdict::Accepted {
-        return Ok(verdict);
-    }
-    Ok(match facts.check_against(pdu, before)? {
-        Err(reason) => Verdict::Rejected(reason),
-        Ok(()) if event.soft_failed => Verdict::SoftFailed("soft-failed before".to_owned()),
-        Ok(()) => Verdict::Accepted,
+    let verdict = judge::on_full_state(facts, head.version, &event.pdu, before)?;
+    Ok(match verdict {
+        Some(Verdict::Accepted) if event.soft_failed => {
+            Verdict::SoftFailed("soft-failed before".to_owned())
+        }
+        Some(verdict) => verdict,
+        None => Verdict::Rejected("an auth event is not here".to_owned()),
     })
 }

@@ -187,6 +187,46 @@ struct Progress {
     events: Vec<SentEvent>,
 }
 
+enum Composed {
+    Unchanged(SentEvent),
+    New(Composition),
+}
+
+struct Composition {
+    pdu: Arc<Pdu>,
+    before: StateMap,
+    partial: bool,
+    /// What stood at its state key.
+    was: Option<Arc<Pdu>>,
+}
+
+/// An event of ours for this room as it stands, signed and allowed, but not to be stored so far; the whole
+/// state before it comes with it. `None`: the state says the same already.
+pub(crate) fn compose(
+    own: &Own,
+    facts: &mut Facts,
+    draft: &Draft,
+    now: Now,
+) -> Got<Result<Option<(Arc<Pdu>, StateMap)>, Unsent>> {
+    let (head, hosts) = both(facts.head(), facts.hosts())?;
+    let sending = Sending {
+        own: own.clone(),
+        drafts: Vec::new(),
+        allowed: None,
+        creating: None,
+        now,
+    };
+    let progress = match sending.begin(facts, head, hosts) {
+        Ok(progress) => progress,
+        Err(unsent) => return Ok(Err(unsent)),
+    };
+    Ok(match sending.compose(facts, &progress, draft)? {
+        Ok(Composed::New(composed)) => Ok(Some((composed.pdu, composed.before))),
+        Ok(Composed::Unchanged(_)) => Ok(None),
+        Err(unsent) => Err(unsent),
+    })
+}
+
 impl Decide for Sending {
     type Outcome = Result<Sent, Unsent>;
 
@@ -251,29 +291,67 @@ impl Sending {
         progress: &mut Progress,
         draft: &Draft,
     ) -> Got<Result<(), Unsent>> {
+        let composed = match self.compose(facts, progress, draft)? {
+            Ok(Composed::New(composed)) => composed,
+            Ok(Composed::Unchanged(same)) => {
+                progress.events.push(same);
+                return Ok(Ok(()));
+            }
+            Err(unsent) => return Ok(Err(unsent)),
+        };
+        let Composition {
+            pdu,
+            before,
+            partial,
+            was,
+        } = composed;
+        let marker = progress
+            .head
+            .as_ref()
+            .and_then(|head| head.partial.as_ref());
+        let hosts = &progress.hosts;
+        let fan_out = destinations(&pdu, was.as_deref(), hosts, marker, &self.own.name);
+        let placed = Placed::new(facts, pdu.clone(), before, partial, Verdict::Accepted);
+        progress.view.add(facts, &placed)?;
+        progress.events.push(SentEvent {
+            event_id: pdu.event_id.clone(),
+            nid: placed.nid,
+            unchanged: false,
+        });
+        let event = placed.into_event(fan_out, draft.transaction.clone());
+        progress.writes.events.push(event);
+        Ok(Ok(()))
+    }
+
+    /// From draft to signed event that passes the auth rules, numbered.
+    fn compose(
+        &self,
+        facts: &mut Facts,
+        progress: &Progress,
+        draft: &Draft,
+    ) -> Got<Result<Composed, Unsent>> {
         let version = progress.view.version;
         let prevs = progress.view.prevs();
         let nids: Vec<_> = prevs.iter().map(|prev| prev.nid).collect();
         let (mut before, partial) = progress.view.before(facts, &nids)?;
-        let draft = match self.completed(facts, progress, &before, draft)? {
-            Ok(draft) => draft,
-            Err(unsent) => return Ok(Err(unsent)),
-        };
-        let own_key = state_key(&draft);
-        let keys = draft_auth_keys(version, &draft);
-        let all = keys.iter().chain(&own_key).cloned();
-        facts.number(version, [], all)?;
-        if let Some(same) = unchanged(facts, &before, &draft)? {
-            progress.events.push(same);
-            return Ok(Ok(()));
-        }
         let mut prev_ids: Vec<EventId> = prevs.iter().map(|p| p.event_id.clone()).collect();
         let mut depth = prevs.iter().map(|p| p.depth).max().unwrap_or(0);
-        if let Some(invite) = own_invite(facts, &before, &draft, &self.own)? {
+        let own_key = state_key(draft);
+        facts.number(version, [], own_key.iter().chain([&create_key()]).cloned())?;
+        if let Some(invite) = own_invite(facts, &before, draft, &self.own)? {
             depth = depth.max(invite.depth);
             prev_ids.push(invite.event_id.clone());
             before = with_invite(facts, before, &invite);
         }
+        let draft = match self.completed(facts, progress, &before, draft)? {
+            Ok(draft) => draft,
+            Err(unsent) => return Ok(Err(unsent)),
+        };
+        if let Some(same) = unchanged(facts, &before, &draft)? {
+            return Ok(Ok(Composed::Unchanged(same)));
+        }
+        let keys = draft_auth_keys(version, &draft);
+        facts.number(version, [], keys.iter().cloned())?;
         let events = facts.state_events(&before, &keys)?;
         let auth_ids = events
             .values()
@@ -285,27 +363,18 @@ impl Sending {
             Ok(pdu) => Arc::new(pdu),
             Err(refusal) => return Ok(Err(refusal.into())),
         };
-        facts.number(version, [pdu.event_id.clone()], [create_key()])?;
+        facts.number(version, [pdu.event_id.clone()], [])?;
         if let Err(reason) = facts.check_against(&pdu, &before)? {
             return Ok(Err(Refusal::forbidden(reason).into()));
         }
-        let marker = progress
-            .head
-            .as_ref()
-            .and_then(|head| head.partial.as_ref());
         let previous = facts.state_events(&before, own_key.as_slice())?;
-        let was = previous.values().next().map(|(_, pdu)| &**pdu);
-        let fan_out = destinations(&pdu, was, &progress.hosts, marker, &self.own.name);
-        let placed = Placed::new(facts, pdu.clone(), before, partial, Verdict::Accepted);
-        progress.view.add(facts, &placed)?;
-        progress.events.push(SentEvent {
-            event_id: pdu.event_id.clone(),
-            nid: placed.nid,
-            unchanged: false,
-        });
-        let event = placed.into_event(fan_out, draft.transaction.clone());
-        progress.writes.events.push(event);
-        Ok(Ok(()))
+        let was = previous.into_values().next().map(|(_, pdu)| pdu);
+        Ok(Ok(Composed::New(Composition {
+            pdu,
+            before,
+            partial,
+            was,
+        })))
     }
 
     /// The draft with what only the server may put in: who authorises a restricted join (J-4, J-20).

@@ -1,0 +1,247 @@
+//! Leaving a room that we are not in: rejecting an invite, taking back a knock, paying a debt (joins.md
+//! J-75, J-81).
+//!
+//! <https://spec.matrix.org/v1.18/server-server-api/#leaving-rooms-rejecting-invites>
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::build::PduDraft;
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::pdu::Pdu;
+use protocol::room_version::RoomVersion;
+use serde_json::{Map, json};
+
+use crate::effect::{Effect, Handshake, Input, Machine, Now, StoredOutOfBand, Ticket};
+use crate::exchange::{Exchange, Exchanged, Failed};
+use crate::facts::{Facts, Got};
+use crate::out_of_band;
+use crate::outbox::Outbox;
+use crate::refusal::Refusal;
+use crate::template::{Member, Own};
+use crate::write::{IntentChange, WriteSet};
+
+#[derive(Clone, Debug)]
+pub struct LeaveRequest {
+    pub room: RoomId,
+    pub user: UserId,
+    pub reason: Option<String>,
+    pub why: Why,
+}
+
+#[derive(Clone, Debug)]
+pub enum Why {
+    /// The user holds an invite or a knock. If nobody takes the leave, it is made here alone.
+    NotIn,
+    /// A join of ours failed after it was sent: these servers may hold us as a member. The leave must be
+    /// taken by one of them, or the debt stays.
+    Owed {
+        job: i64,
+        candidates: Vec<ServerName>,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Left {
+    /// `None` when a debt turned out to be none.
+    pub event_id: Option<EventId>,
+    /// Whether another server knows of it.
+    pub told: bool,
+}
+
+pub struct Leave {
+    own: Own,
+    request: LeaveRequest,
+    state: State,
+    facts: Facts,
+    out: Outbox,
+    outcome: Option<Result<Left, Refusal>>,
+}
+
+enum State {
+    /// What is the user's membership here?
+    Opening,
+    Exchanging(Box<Exchange>),
+    /// The event is made; its number is being looked up.
+    Numbering(Arc<Pdu>, Option<ServerName>),
+    Storing(Ticket, Left),
+    Done,
+}
+
+impl Leave {
+    pub fn new(own: Own, request: LeaveRequest, now: Now) -> Self {
+        let mut this = Self {
+            own,
+            state: State::Done,
+            facts: Facts::new(request.room.clone()),
+            request,
+            out: Outbox::default(),
+            outcome: None,
+        };
+        this.state = match this.request.why.clone() {
+            Why::NotIn => this.open(now),
+            Why::Owed { candidates, .. } => this.exchange(&candidates, now),
+        };
+        this
+    }
+
+    fn open(&mut self, now: Now) -> State {
+        match self.stored() {
+            Err(lacking) => {
+                self.facts.request(lacking, &mut self.out);
+                State::Opening
+            }
+            Ok(Some(stored)) => {
+                let sender = stored.pdu.sender.server_name();
+                self.exchange(&[stored.via.clone(), sender], now)
+            }
+            Ok(None) => self.done(Err(Refusal::forbidden(
+                "the user is not invited to the room",
+            ))),
+        }
+    }
+
+    fn stored(&self) -> Got<Option<Arc<StoredOutOfBand>>> {
+        let stored = self.facts.out_of_band(&self.request.user)?;
+        Ok(stored.filter(|stored| matches!(&*stored.membership, "invite" | "knock")))
+    }
+
+    fn exchange(&mut self, candidates: &[ServerName], now: Now) -> State {
+        let member = Member {
+            reason: self.request.reason.clone(),
+            ..Member::default()
+        };
+        let whose = (self.request.room.clone(), self.request.user.clone());
+        let own = self.own.clone();
+        let what = Handshake::Leave;
+        match Exchange::new(own, what, whose, member, candidates, &mut self.out) {
+            Ok(exchange) => State::Exchanging(Box::new(exchange)),
+            Err(failed) => self.on_failed(failed, now),
+        }
+    }
+
+    fn on_exchanged(&mut self, done: Result<Exchanged, Failed>, now: Now) -> State {
+        match done {
+            Ok(exchanged) => match self.request.why {
+                Why::NotIn => self.number(exchanged.pdu, Some(exchanged.via)),
+                Why::Owed { job, .. } => {
+                    let event_id = Some(exchanged.pdu.event_id.clone());
+                    self.settle(job, exchanged.pdu.version, event_id)
+                }
+            },
+            Err(failed) => self.on_failed(failed, now),
+        }
+    }
+
+    fn on_failed(&mut self, failed: Failed, now: Now) -> State {
+        match self.request.why {
+            // All say that we are not there, so there is nothing to leave.
+            Why::Owed { job, .. } if failed.all_refused => self.settle(job, RoomVersion::V1, None),
+            Why::Owed { .. } => self.done(Err(failed.refusal)),
+            Why::NotIn => match self.local_leave(now) {
+                Ok(pdu) => self.number(Arc::new(pdu), None),
+                Err(refusal) => self.done(Err(refusal)),
+            },
+        }
+    }
+
+    fn settle(&mut self, job: i64, version: RoomVersion, event_id: Option<EventId>) -> State {
+        let mut writes = WriteSet::new(self.request.room.clone(), version);
+        writes.intent = Some(IntentChange::Forget { job });
+        let told = event_id.is_some();
+        State::Storing(self.out.commit(writes), Left { event_id, told })
+    }
+
+    /// A leave that is never sent: it only ends the matter for our user.
+    fn local_leave(&self, now: Now) -> Result<Pdu, Refusal> {
+        let stored = self.stored().ok().flatten();
+        let stored = stored.ok_or_else(|| Refusal::forbidden("the user is not invited"))?;
+        let invite = &stored.pdu;
+        let mut content = json!({ "membership": "leave" });
+        if let Some(reason) = &self.request.reason {
+            content["reason"] = reason.as_str().into();
+        }
+        let auth_events = invite.auth_events.iter().chain([&invite.event_id]);
+        PduDraft {
+            room_id: Some(self.request.room.clone()),
+            sender: self.request.user.clone(),
+            kind: "m.room.member".to_owned(),
+            state_key: Some(self.request.user.as_str().to_owned()),
+            content,
+            prev_events: vec![invite.event_id.clone().into()],
+            auth_events: auth_events.cloned().map(Into::into).collect(),
+            depth: invite.depth.saturating_add(1),
+            origin_server_ts: now.unix_ms,
+            redacts: None,
+            extra: Map::new(),
+        }
+        .sign(&self.own.key, &self.own.name, invite.version)
+        .map_err(|error| Refusal::bad_json(error.to_string()))
+    }
+
+    fn number(&mut self, pdu: Arc<Pdu>, via: Option<ServerName>) -> State {
+        let server = via.clone().unwrap_or_else(|| self.own.name.clone());
+        let user = &self.request.user;
+        match out_of_band::writes(&self.facts, &pdu, user, &server, Vec::new()) {
+            Err(lacking) => {
+                self.facts.request(lacking, &mut self.out);
+                State::Numbering(pdu, via)
+            }
+            Ok(writes) => {
+                let left = Left {
+                    event_id: Some(pdu.event_id.clone()),
+                    told: via.is_some(),
+                };
+                State::Storing(self.out.commit(writes), left)
+            }
+        }
+    }
+
+    fn done(&mut self, outcome: Result<Left, Refusal>) -> State {
+        self.outcome = Some(outcome);
+        State::Done
+    }
+}
+
+impl Machine for Leave {
+    type Outcome = Result<Left, Refusal>;
+
+    fn handle(&mut self, input: Input, now: Now) {
+        self.state = match (std::mem::replace(&mut self.state, State::Done), input) {
+            (State::Opening, Input::Loaded { ticket, loaded }) => {
+                match self.facts.hear(ticket, loaded) {
+                    true => self.open(now),
+                    false => State::Opening,
+                }
+            }
+            (State::Exchanging(mut exchange), input) => {
+                match exchange.handle(input, &mut self.out, now) {
+                    Some(done) => self.on_exchanged(done, now),
+                    None => State::Exchanging(exchange),
+                }
+            }
+            (State::Numbering(pdu, via), Input::Loaded { ticket, loaded }) => {
+                match self.facts.hear(ticket, loaded) {
+                    true => self.number(pdu, via),
+                    false => State::Numbering(pdu, via),
+                }
+            }
+            (State::Storing(t, left), Input::Committed { ticket, .. }) if t == ticket => {
+                self.done(Ok(left))
+            }
+            (state, _late_or_double) => state,
+        };
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        self.out.next()
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        None
+    }
+
+    fn poll_outcome(&mut self) -> Option<Self::Outcome> {
+        self.outcome.take()
+    }
+}
