@@ -11,10 +11,16 @@ pub struct Config {
     pub server_name: ServerName,
     /// What clients should use, for the well-known file; `None`: not told.
     pub public_base_url: Option<String>,
+<<<<<<< ours
     /// `host:port` where we listen for other servers, for the well-known file; `None`: not told.
+=======
+    /// `host:port` for the well-known file that other servers read; `None`: there is none.
+>>>>>>> theirs
     pub federation_address: Option<String>,
     pub default_room_version: RoomVersion,
     pub registration: Registration,
+    /// A registration token that never runs out.
+    pub registration_token: Option<String>,
     /// Enables `/_synapse/admin/v1/register`.
     pub registration_shared_secret: Option<String>,
     pub limits: Limits,
@@ -76,6 +82,7 @@ impl Config {
             federation_address: None,
             default_room_version: RoomVersion::V12,
             registration: Registration::Closed,
+            registration_token: None,
             registration_shared_secret: None,
             limits: Limits { enabled: true },
             join: JoinSettings::default(),

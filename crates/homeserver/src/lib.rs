@@ -7,7 +7,11 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
+<<<<<<< ours
 pub mod backup;
+=======
+mod boot;
+>>>>>>> theirs
 mod checks;
 pub mod clock;
 mod commit;

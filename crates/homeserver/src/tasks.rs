@@ -40,6 +40,16 @@ impl Tasks<'_> {
         resyncs.insert(room, false);
     }
 
+    /// At boot: what was under way.
+    pub(crate) async fn resume(&self) -> storage::Result<()> {
+        let rooms = self.hs.store().read(storage::rooms::partial_rooms).await?;
+        for (_, room) in rooms {
+            self.start_resync(room);
+        }
+        self.pay_debts();
+        Ok(())
+    }
+
     /// Leaves that we owe to servers which may hold us as a member.
     pub fn pay_debts(&self) {}
 

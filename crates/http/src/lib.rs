@@ -25,14 +25,30 @@ pub const BODY_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// Every door of the house.
 pub fn router(homeserver: Homeserver) -> Router {
+    finished(
+        for_clients()
+            .merge(federation::routes())
+            .merge(key::routes()),
+        homeserver,
+    )
+}
+
+/// The doors for clients only.
+pub fn client_router(homeserver: Homeserver) -> Router {
+    finished(for_clients(), homeserver)
+}
+
+fn for_clients() -> Router<Homeserver> {
     Router::new()
         .merge(client::routes())
         .merge(media::routes())
         .merge(well_known::routes())
         .merge(admin::routes())
         .layer(cors())
-        .merge(federation::routes())
-        .merge(key::routes())
+}
+
+fn finished(routes: Router<Homeserver>, homeserver: Homeserver) -> Router {
+    routes
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
         .layer(DefaultBodyLimit::disable())

@@ -178,22 +178,30 @@ pub enum LogFormat {
 }
 
 /// Reads the files in order, later ones over earlier ones, then the environment.
-pub fn load(files: &[PathBuf], environment: impl Iterator<Item = (String, String)>) -> anyhow::Result<Settings> {
+pub fn load(
+    files: &[PathBuf],
+    environment: impl Iterator<Item = (String, String)>,
+) -> anyhow::Result<Settings> {
     let mut table = defaults();
     for file in files {
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let layer: Table = toml::from_str(&text).with_context(|| format!("{} is not TOML", file.display()))?;
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+        let layer: Table =
+            toml::from_str(&text).with_context(|| format!("{} is not TOML", file.display()))?;
         refuse_unknown(&layer).with_context(|| format!("in {}", file.display()))?;
         lay_over(&mut table, layer);
     }
     for (name, value) in environment {
         if let Some(path) = name.strip_prefix(ENV_PREFIX) {
             let layer = from_environment(path, &value);
-            refuse_unknown(&layer).with_context(|| format!("in the environment variable {name}"))?;
+            refuse_unknown(&layer)
+                .with_context(|| format!("in the environment variable {name}"))?;
             lay_over(&mut table, layer);
         }
     }
-    let settings: Settings = Value::Table(table).try_into().context("a setting has the wrong type")?;
+    let settings: Settings = Value::Table(table)
+        .try_into()
+        .context("a setting has the wrong type")?;
     check(&settings)?;
     Ok(settings)
 }
@@ -204,12 +212,19 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     };
     protocol::id::ServerName::parse(name).with_context(|| format!("server.name {name:?}"))?;
     if protocol::room_version::RoomVersion::parse(&settings.server.default_room_version).is_none() {
-        bail!("server.default_room_version {:?} is not a known version", settings.server.default_room_version);
+        bail!(
+            "server.default_room_version {:?} is not a known version",
+            settings.server.default_room_version
+        );
     }
-    if settings.registration.mode == RegistrationMode::Token && settings.registration.token.is_none() {
+    if settings.registration.mode == RegistrationMode::Token
+        && settings.registration.token.is_none()
+    {
         bail!("registration.mode is \"token\", but registration.token is not set");
     }
-    if settings.federation.tls_certificate.is_some() != settings.federation.tls_private_key.is_some() {
+    if settings.federation.tls_certificate.is_some()
+        != settings.federation.tls_private_key.is_some()
+    {
         bail!("federation.tls_certificate and federation.tls_private_key go together");
     }
     Ok(())
@@ -222,7 +237,10 @@ pub fn annotated(server_name: Option<&str>) -> String {
     );
     let mut section = "";
     for setting in SETTINGS {
-        let (of, key) = setting.key.split_once('.').expect("every key has a section");
+        let (of, key) = setting
+            .key
+            .split_once('.')
+            .expect("every key has a section");
         if of != section {
             section = of;
             text += &format!("\n[{section}]\n");
@@ -240,8 +258,13 @@ pub fn annotated(server_name: Option<&str>) -> String {
 fn defaults() -> Table {
     let mut table = Table::new();
     for setting in SETTINGS {
-        let (section, key) = setting.key.split_once('.').expect("every key has a section");
-        let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+        let (section, key) = setting
+            .key
+            .split_once('.')
+            .expect("every key has a section");
+        let section = table
+            .entry(section)
+            .or_insert_with(|| Value::Table(Table::new()));
         if !setting.default.is_empty() {
             let value: Table =
                 toml::from_str(&format!("{key} = {}", setting.default)).expect("defaults are TOML");
@@ -266,7 +289,9 @@ fn lay_over(under: &mut Table, over: Table) {
 fn from_environment(path: &str, text: &str) -> Table {
     let path = path.to_ascii_lowercase();
     let (section, key) = path.split_once("__").unwrap_or((&path, ""));
-    let parsed = toml::from_str::<Table>(&format!("value = {text}")).ok().and_then(|mut t| t.remove("value"));
+    let parsed = toml::from_str::<Table>(&format!("value = {text}"))
+        .ok()
+        .and_then(|mut t| t.remove("value"));
     let value = match parsed {
         Some(value) if !matches!(value, Value::Datetime(_)) => value,
         _ => Value::from(text),
@@ -278,7 +303,10 @@ fn from_environment(path: &str, text: &str) -> Table {
 fn refuse_unknown(layer: &Table) -> anyhow::Result<()> {
     for (section, value) in layer {
         let Some(keys) = value.as_table() else {
-            bail!("{section:?} stands outside of any section; {}", nearest(section));
+            bail!(
+                "{section:?} stands outside of any section; {}",
+                nearest(section)
+            );
         };
         for key in keys.keys() {
             let path = format!("{section}.{key}");
@@ -286,7 +314,11 @@ fn refuse_unknown(layer: &Table) -> anyhow::Result<()> {
                 bail!("unknown setting {path}; {}", nearest(&path));
             }
         }
-        if keys.is_empty() && !SETTINGS.iter().any(|s| s.key.starts_with(&format!("{section}."))) {
+        if keys.is_empty()
+            && !SETTINGS
+                .iter()
+                .any(|s| s.key.starts_with(&format!("{section}.")))
+        {
             bail!("unknown section [{section}]; {}", nearest(section));
         }
     }
@@ -295,11 +327,19 @@ fn refuse_unknown(layer: &Table) -> anyhow::Result<()> {
 
 fn nearest(path: &str) -> String {
     let best = SETTINGS.iter().min_by_key(|setting| {
-        let key_only = setting.key.split_once('.').map_or(setting.key, |(_, key)| key);
+        let key_only = setting
+            .key
+            .split_once('.')
+            .map_or(setting.key, |(_, key)| key);
         let wanted_key = path.split_once('.').map_or(path, |(_, key)| key);
-        (distance(setting.key, path).min(distance(key_only, wanted_key) + 1), setting.key)
+        (
+            distance(setting.key, path).min(distance(key_only, wanted_key) + 1),
+            setting.key,
+        )
     });
-    best.map_or_else(String::new, |setting| format!("did you mean {}?", setting.key))
+    best.map_or_else(String::new, |setting| {
+        format!("did you mean {}?", setting.key)
+    })
 }
 
 /// Levenshtein's distance.
@@ -311,7 +351,9 @@ fn distance(a: &str, b: &str) -> usize {
         row[0] = i + 1;
         for (j, y) in b.iter().enumerate() {
             let above = row[j + 1];
-            row[j + 1] = (corner + usize::from(x != *y)).min(above + 1).min(row[j] + 1);
+            row[j + 1] = (corner + usize::from(x != *y))
+                .min(above + 1)
+                .min(row[j] + 1);
             corner = above;
         }
     }
@@ -321,12 +363,18 @@ fn distance(a: &str, b: &str) -> usize {
 /// The files to read when none are named: `vestibule.toml`, if it is there.
 pub fn default_files() -> Vec<PathBuf> {
     let file = Path::new("vestibule.toml");
-    if file.exists() { vec![file.to_owned()] } else { Vec::new() }
+    if file.exists() {
+        vec![file.to_owned()]
+    } else {
+        Vec::new()
+    }
 }
 
 /// The environment, sorted, so that a message about it is always the same.
 pub fn environment() -> BTreeMap<String, String> {
-    std::env::vars().filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect()
+    std::env::vars()
+        .filter(|(name, _)| name.starts_with(ENV_PREFIX))
+        .collect()
 }
 
 #[cfg(test)]
@@ -354,7 +402,11 @@ mod tests {
     #[test]
     fn later_files_and_the_environment_win() {
         let dir = tempfile::tempdir().expect("a directory");
-        let one = write(dir.path(), "1.toml", "[server]\nname = \"a.org\"\n[log]\nlevel = \"warn\"\n");
+        let one = write(
+            dir.path(),
+            "1.toml",
+            "[server]\nname = \"a.org\"\n[log]\nlevel = \"warn\"\n",
+        );
         let two = write(dir.path(), "2.toml", "[server]\nname = \"b.org\"\n");
         let env = [("VESTIBULE__LIMITS__ENABLED".to_owned(), "false".to_owned())];
         let settings = load(&[one, two], env.into_iter()).expect("valid");
@@ -367,7 +419,13 @@ mod tests {
     fn a_misspelt_key_is_refused_with_the_right_one() {
         let dir = tempfile::tempdir().expect("a directory");
         let file = write(dir.path(), "a.toml", "[server]\nnaem = \"a.org\"\n");
-        let error = format!("{:#}", load(&[file], std::iter::empty()).expect_err("refused"));
-        assert!(error.contains("server.naem") && error.contains("did you mean server.name?"), "{error}");
+        let error = format!(
+            "{:#}",
+            load(&[file], std::iter::empty()).expect_err("refused")
+        );
+        assert!(
+            error.contains("server.naem") && error.contains("did you mean server.name?"),
+            "{error}"
+        );
     }
 }
