@@ -22,6 +22,7 @@ impl Homeserver {
         }
         self.jobs().resume().await?;
         self.outgoing().resume().await?;
+        self.resume_incoming().await?;
         self.tasks().resume().await?;
         Ok(())
     }

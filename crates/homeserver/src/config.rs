@@ -11,11 +11,7 @@ pub struct Config {
     pub server_name: ServerName,
     /// What clients should use, for the well-known file; `None`: not told.
     pub public_base_url: Option<String>,
-<<<<<<< ours
     /// `host:port` where we listen for other servers, for the well-known file; `None`: not told.
-=======
-    /// `host:port` for the well-known file that other servers read; `None`: there is none.
->>>>>>> theirs
     pub federation_address: Option<String>,
     pub default_room_version: RoomVersion,
     pub registration: Registration,

@@ -7,11 +7,8 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
-<<<<<<< ours
 pub mod backup;
-=======
 mod boot;
->>>>>>> theirs
 mod checks;
 pub mod clock;
 mod commit;
@@ -23,6 +20,7 @@ pub mod devices;
 mod drive;
 pub mod error;
 pub mod federation_reads;
+pub mod incoming;
 pub mod jobs;
 pub mod key_query;
 pub mod limits;
@@ -87,6 +85,7 @@ struct Inner {
     board: jobs::Board,
     handshakes: rooms::Handshakes,
     running: tasks::Running,
+    workers: incoming::Workers,
     fetches: key_query::Fetches,
     push: push::State,
 }
@@ -136,6 +135,7 @@ impl Homeserver {
                 board: jobs::Board::default(),
                 handshakes: rooms::Handshakes::default(),
                 running: tasks::Running::default(),
+                workers: incoming::Workers::default(),
                 fetches: key_query::Fetches::default(),
                 push: push::State::default(),
             }),
@@ -208,5 +208,9 @@ impl Homeserver {
 
     pub(crate) fn running(&self) -> &tasks::Running {
         &self.inner.running
+    }
+
+    pub(crate) fn workers(&self) -> &incoming::Workers {
+        &self.inner.workers
     }
 }

@@ -471,7 +471,7 @@ impl Rooms<'_> {
         self.after_join(&room, user, job, outcome).map(|()| room)
     }
 
-    async fn device_lists_at(&self) -> storage::Result<i64> {
+    pub(crate) async fn device_lists_at(&self) -> storage::Result<i64> {
         use storage::streams::{Stream, position};
         self.hs
             .store()

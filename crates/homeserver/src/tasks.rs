@@ -1,17 +1,30 @@
-//! Background work that outlives requests and restarts: resyncs, and leaves that are owed.
+//! Background work that outlives requests and restarts: resyncs, interrupted joins, and leaves that are
+//! owed.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use protocol::id::RoomId;
+use room::effect::Now;
+use room::join::{Intent, Join, JoinOptions, JoinRequest};
+use room::resync::{Resync, Resynced};
+use room::template::Member;
 use storage::apply::Applied;
+use storage::queues::{self, StoredIntent};
+use tokio::sync::mpsc;
 
 use crate::Homeserver;
+use crate::drive::{Command, Run, drive};
 
-/// What runs now. One resync for each room at most (S-1); `true`: wanted once more when it ends.
+/// A debt that nobody takes is offered again after this, then twice that, and so on.
+const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
+const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
+
+/// What runs now. One resync for each room at most (S-1).
 #[derive(Default)]
 pub struct Running {
-    resyncs: Mutex<BTreeMap<RoomId, bool>>,
+    resyncs: Mutex<BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>>,
 }
 
 pub struct Tasks<'a> {
@@ -25,24 +38,52 @@ impl Homeserver {
 }
 
 impl Tasks<'_> {
-    /// Begins, or goes on with, the resync of a partial room.
+    /// Begins the resync of a partial room; one that runs is told to try again at once.
     pub fn start_resync(&self, room: RoomId) {
-        let mut resyncs = self
-            .hs
-            .running()
-            .resyncs
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(again) = resyncs.get_mut(&room) {
-            *again = true;
-            return;
-        }
-        resyncs.insert(room, false);
+        let commands = {
+            let mut resyncs = self.lock();
+            if let Some(running) = resyncs.get(&room) {
+                let _busy_already = running.try_send(retry());
+                return;
+            }
+            let (sender, commands) = mpsc::channel(4);
+            resyncs.insert(room.clone(), sender);
+            commands
+        };
+        let hs = self.hs.clone();
+        self.hs.tracker().spawn(async move {
+            resync(&hs, &room, commands).await;
+            hs.tasks().lock().remove(&room);
+            // Somebody may have joined between the end and here (S-30).
+            if let Ok(Some(head)) = hs.rooms().head(&room).await
+                && head.partial.is_some()
+                && !hs.stopping().is_cancelled()
+            {
+                hs.tasks().start_resync(room);
+            }
+        });
+    }
+
+    /// An admin wants a resync to try again now (O-48). `false` when none runs.
+    pub fn retry_resync(&self, room: &RoomId) -> bool {
+        self.lock().get(room).is_some_and(|running| running.try_send(retry()).is_ok())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>> {
+        self.hs.running().resyncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// At boot: what was under way.
     pub(crate) async fn resume(&self) -> storage::Result<()> {
-        let rooms = self.hs.store().read(storage::rooms::partial_rooms).await?;
+        let (intents, rooms) = self
+            .hs
+            .store()
+            .read(|c| Ok((queues::intents(c)?, storage::rooms::partial_rooms(c)?)))
+            .await?;
+        for intent in intents.into_iter().filter(|intent| !intent.owe_leave) {
+            let hs = self.hs.clone();
+            self.hs.tracker().spawn(async move { resume_join(&hs, intent).await });
+        }
         for (_, room) in rooms {
             self.start_resync(room);
         }
@@ -50,11 +91,87 @@ impl Tasks<'_> {
         Ok(())
     }
 
-    /// Leaves that we owe to servers which may hold us as a member.
-    pub fn pay_debts(&self) {}
+    /// Offers the leaves that we owe to the servers that may hold us as a member, until they are taken.
+    pub fn pay_debts(&self) {
+        let (hs, stop) = (self.hs.clone(), self.hs.stopping());
+        self.hs.tracker().spawn(async move {
+            tokio::select! {
+                () = pay_debts(&hs) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
 
     /// A room has become full: what waited for that.
     pub(crate) fn room_is_full(&self, room: &RoomId, _applied: &Applied) {
         self.hs.jobs().close_room(room, "full");
+    }
+}
+
+fn retry() -> Command<Resync> {
+    Box::new(|resync: &mut Resync, now: Now| resync.retry(now))
+}
+
+async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command<Resync>>) {
+    let machine = Resync::new(hs.own().clone(), room.clone(), rand::random(), hs.clock().now());
+    let run = Run { machine, job: None, commands: Some(commands) };
+    match drive(hs, run).await {
+        Some(Resynced::Full) => tracing::info!(%room, "the room is full"),
+        Some(Resynced::Freed) => {
+            tracing::info!(%room, "nobody is in the partial room; it was given up");
+            hs.jobs().close_room(room, "cancelled");
+        }
+        Some(Resynced::Gone) => hs.jobs().close_room(room, "cancelled"),
+        None => {}
+    }
+}
+
+/// A join that a crash interrupted after its event may have left: the same event goes again.
+async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
+    let StoredIntent { job, room, user, via, .. } = stored;
+    tracing::info!(%room, %user, job, "taking up an interrupted join");
+    let servers = hs.rooms().servers(&room).await.unwrap_or_default();
+    let request = JoinRequest {
+        room: room.clone(),
+        user: user.clone(),
+        candidates: std::iter::once(via.clone()).chain(servers).collect(),
+        member: Member::default(),
+        job,
+        device_lists_at: hs.rooms().device_lists_at().await.unwrap_or_default(),
+    };
+    let intent = Intent {
+        version: stored.version,
+        event: stored.event.into(),
+        via,
+        omit_members: stored.omit_members,
+    };
+    let options = JoinOptions { race_send_join: hs.config().join.race_send_join };
+    let machine = Join::resume(hs.own().clone(), request, options, intent, hs.clock().now());
+    if let Ok(outcome) = hs.rooms().run_join(machine, job).await {
+        let _told_in_the_log = hs.rooms().after_join(&room, &user, job, outcome);
+    }
+}
+
+async fn pay_debts(hs: &Homeserver) {
+    let mut pause = DEBT_PAUSE_MIN;
+    loop {
+        let intents = match hs.store().read(queues::intents).await {
+            Ok(intents) => intents,
+            Err(error) => {
+                tracing::error!(%error, "owed leaves can not be read");
+                return;
+            }
+        };
+        let owed: Vec<_> = intents.into_iter().filter(|intent| intent.owe_leave).collect();
+        if owed.is_empty() {
+            return;
+        }
+        for debt in owed {
+            if let Err(error) = hs.rooms().pay_debt(&debt).await {
+                tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DEBT_PAUSE_MAX);
     }
 }

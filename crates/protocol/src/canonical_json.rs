@@ -10,9 +10,8 @@ use serde_json::Value;
 /// Integers stay within ±(2^53 − 1).
 pub const INTEGER_MAX: i64 = (1 << 53) - 1;
 
-/// Deeper values are refused: as many levels as serde_json reads, so that what passes here can be read
-/// everywhere, and other servers that use it agree.
-pub const DEPTH_MAX: usize = 127;
+/// Deeper values are refused. serde_json reads 127 levels; the rest is room for envelopes around events.
+pub const DEPTH_MAX: usize = 120;
 
 /// Of an integer in the lenient form, so that it can still be read as a double.
 const LENIENT_DIGITS_MAX: usize = 300;
@@ -96,11 +95,8 @@ impl Member {
 }
 
 impl Object {
-    /// Reads an event, or what is signed like one. Its `unsigned` is whatever the last server made of it,
-    /// so it need not be strict.
     pub fn parse(raw: &str, strict: bool) -> Result<Self, JsonError> {
         let mut pass = Pass::new(raw, strict);
-        pass.spares_unsigned = true;
         pass.space();
         if pass.peek() != Some(b'{') {
             return match pass.value(1).and_then(|()| pass.end()) {
@@ -281,7 +277,6 @@ struct Pass<'a> {
     raw: &'a str,
     at: usize,
     strict: bool,
-    spares_unsigned: bool,
     out: String,
     /// The members of the objects that are open, innermost last.
     members: Vec<Member>,
@@ -294,7 +289,6 @@ impl<'a> Pass<'a> {
             raw,
             at: 0,
             strict,
-            spares_unsigned: false,
             out: String::with_capacity(raw.len()),
             members: Vec::with_capacity(32),
             spare: String::new(),
@@ -430,13 +424,7 @@ impl<'a> Pass<'a> {
                 sorted = compare_keys(&self.out, last, member, escapes) == Ordering::Less;
             }
             self.space();
-            if depth == 1 && self.spares_unsigned && member.key(&self.out) == "unsigned" {
-                let strict = std::mem::replace(&mut self.strict, false);
-                self.value(depth + 1)?;
-                self.strict = strict;
-            } else {
-                self.value(depth + 1)?;
-            }
+            self.value(depth + 1)?;
             self.members.push(Member {
                 end: self.out.len(),
                 ..member

@@ -197,8 +197,6 @@ fn what_is_not_one_json_value_is_refused() {
 #[test]
 fn depth_is_bounded() {
     let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
-    let read = |raw: &str| serde_json::from_str::<Value>(raw).is_ok();
-    assert!(read(&nested(DEPTH_MAX)) && !read(&nested(DEPTH_MAX + 1)));
     assert!(strict(&nested(DEPTH_MAX)).is_ok());
     assert_eq!(strict(&nested(DEPTH_MAX + 1)), Err(JsonError::Depth));
     assert_eq!(lenient(&nested(1_000_000)), Err(JsonError::Depth));

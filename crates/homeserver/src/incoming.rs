@@ -1,0 +1,319 @@
+//! Transactions from other servers: answered once, staged durably, and taken room by room, in order.
+//!
+//! <https://spec.matrix.org/v1.18/server-server-api/#transactions>
+//!
+//! What is answered `{}` is on disk (joins.md P-22a), so a crash loses nothing: each room's worker takes up
+//! what is staged. Rooms do not wait for each other, and nothing here waits for a resync (P-22, P-22b).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use protocol::edu::Edu;
+use protocol::id::{EventId, RoomId, ServerName};
+use protocol::pdu::Pdu;
+use protocol::room_version::RoomVersion;
+use room::acl;
+use room::effect::BadPdu;
+use room::receive::{Incoming, Receive, Received};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+use storage::queues::{self, Staged};
+use storage::{Sequence, federation_reads, rooms};
+
+use crate::drive::{Run, drive};
+use crate::error::{MatrixError, Result};
+use crate::{Homeserver, checks};
+
+/// The spec's limits for one transaction.
+const PDUS_MAX: usize = 50;
+const EDUS_MAX: usize = 100;
+/// Staged PDUs that one run of a room's worker takes; they are all of one origin.
+const BATCH_MAX: i64 = 50;
+/// PDUs staged for one room beyond this many are refused: the sender keeps them and tries again.
+const STAGED_MAX: i64 = 20_000;
+/// How long a room waits when a join of ours is still under way (J-65).
+const POSTPONED: Duration = Duration::from_millis(200);
+/// A transaction's answer is remembered for a day.
+const SEEN_MS: i64 = 24 * 3600 * 1000;
+
+/// Rooms whose worker runs; `true`: something was staged since it last looked.
+#[derive(Default)]
+pub struct Workers {
+    rooms: Mutex<BTreeMap<RoomId, bool>>,
+}
+
+#[derive(Deserialize)]
+struct Transaction<'a> {
+    #[serde(borrow, default)]
+    pdus: Vec<&'a RawValue>,
+    #[serde(default)]
+    edus: Vec<Value>,
+}
+
+/// What can be read of a PDU before its room's version is known.
+#[derive(Deserialize)]
+struct Envelope {
+    room_id: Option<RoomId>,
+}
+
+impl Homeserver {
+    /// `PUT /send/{txnId}`. The answer: `pdus`, a result for each event id.
+    pub async fn take_transaction(&self, origin: &ServerName, txn_id: &str, body: &[u8]) -> Result<Value> {
+        let transaction: Transaction<'_> =
+            serde_json::from_slice(body).map_err(|_| MatrixError::bad_json("That is no transaction"))?;
+        if transaction.pdus.len() > PDUS_MAX || transaction.edus.len() > EDUS_MAX {
+            return Err(MatrixError::bad_json("A transaction holds at most 50 PDUs and 100 EDUs"));
+        }
+        let (from, txn) = (origin.clone(), txn_id.to_owned());
+        let seen = self.store().read(move |c| queues::seen_transaction(c, &from, &txn)).await?;
+        if let Some(answer) = seen {
+            return Ok(serde_json::from_str(&answer).unwrap_or_else(|_| json!({ "pdus": {} })));
+        }
+        self.outgoing().is_back(origin).await;
+        let pdus: Vec<String> = transaction.pdus.iter().map(|pdu| pdu.get().to_owned()).collect();
+        let (results, staged) = self.judge(origin, pdus).await?;
+        let answer = json!({ "pdus": results });
+        self.stage(origin, txn_id, &answer, staged).await?;
+        for edu in &transaction.edus {
+            if let Some(edu) = Edu::parse(edu)
+                && let Err(error) = self.take_edu(origin, edu).await
+            {
+                tracing::warn!(%origin, %error, "an EDU was lost");
+            }
+        }
+        Ok(answer)
+    }
+
+    /// The result of each PDU, and which are to be staged, in their order.
+    async fn judge(&self, origin: &ServerName, pdus: Vec<String>) -> Result<(Map<String, Value>, Vec<(RoomId, String)>)> {
+        let mut doors: BTreeMap<RoomId, Option<Door>> = BTreeMap::new();
+        let mut by_version: BTreeMap<RoomVersion, Vec<(usize, RoomId)>> = BTreeMap::new();
+        for (at, pdu) in pdus.iter().enumerate() {
+            let Ok(Envelope { room_id: Some(room) }) = serde_json::from_str::<Envelope>(pdu) else {
+                continue;
+            };
+            if !doors.contains_key(&room) {
+                let door = self.door(&room, origin).await?;
+                doors.insert(room.clone(), door);
+            }
+            // A room we know nothing of: nothing to say, nothing to keep (P-24).
+            if let Some(Some(door)) = doors.get(&room) {
+                by_version.entry(door.version).or_default().push((at, room));
+            }
+        }
+        let mut results = Map::new();
+        let mut staged: BTreeMap<usize, (RoomId, String)> = BTreeMap::new();
+        for (version, entries) in by_version {
+            let raw = entries.iter().map(|(at, _)| pdus[*at].as_str().into()).collect();
+            let checked = checks::check(self, version, raw).await;
+            for ((at, room), verdict) in entries.into_iter().zip(checked) {
+                let open = matches!(doors.get(&room), Some(Some(door)) if door.open);
+                let (event_id, result) = judge_one(&pdus[at], version, verdict, open);
+                if result.is_none() {
+                    staged.insert(at, (room, pdus[at].clone()));
+                }
+                if let Some(event_id) = event_id {
+                    let result = result.flatten().map_or_else(|| json!({}), |error| json!({ "error": error }));
+                    results.insert(event_id.to_string(), result);
+                }
+            }
+        }
+        Ok((results, staged.into_values().collect()))
+    }
+
+    /// The room's version, and whether its ACL lets this server in.
+    async fn door(&self, room: &RoomId, origin: &ServerName) -> Result<Option<Door>> {
+        let (asked, from) = (room.clone(), origin.clone());
+        let found = self
+            .store()
+            .read(move |c| {
+                let row = rooms::by_id(c, &asked)?;
+                Ok((row, federation_reads::asker(c, &asked, &from)?))
+            })
+            .await?;
+        let (Some(row), asker) = found else { return Ok(None) };
+        let acl = asker.and_then(|asker| asker.acl);
+        Ok(Some(Door { version: row.version, open: acl::allows(acl.as_deref(), origin) }))
+    }
+
+    async fn stage(
+        &self,
+        origin: &ServerName,
+        txn_id: &str,
+        answer: &Value,
+        staged: Vec<(RoomId, String)>,
+    ) -> Result<()> {
+        let first = self.store().numbers(Sequence::Other, staged.len()).await?.start;
+        let rows: Vec<(i64, RoomId, String)> =
+            staged.into_iter().zip(first..).map(|((room, pdu), number)| (number, room, pdu)).collect();
+        let rooms: BTreeSet<RoomId> = rows.iter().map(|(_, room, _)| room.clone()).collect();
+        let (origin, txn_id, answer) = (origin.clone(), txn_id.to_owned(), answer.to_string());
+        let now = self.clock().unix_ms();
+        let checked = rooms.clone();
+        self.store()
+            .write(move |c| {
+                for room in &checked {
+                    if queues::staged_count(c, room)? > STAGED_MAX {
+                        return Err(storage::Error::Refused("too much is waiting".to_owned()));
+                    }
+                }
+                queues::take_transaction(c, &origin, &txn_id, &answer, &rows, now)
+            })
+            .await
+            .map_err(|error| match error {
+                storage::Error::Refused(_) => MatrixError::limit_exceeded(10_000),
+                error => error.into(),
+            })?;
+        for room in rooms {
+            self.work_room(room);
+        }
+        Ok(())
+    }
+
+    /// At boot: what was staged and not taken. And what need not be remembered any more.
+    pub(crate) async fn resume_incoming(&self) -> storage::Result<()> {
+        let before = self.clock().unix_ms() - SEEN_MS;
+        self.store().write(move |c| queues::drop_transactions_before(c, before)).await?;
+        for room in self.store().read(queues::staged_rooms).await? {
+            self.work_room(room);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that somebody takes what is staged for this room.
+    fn work_room(&self, room: RoomId) {
+        {
+            let mut rooms = lock(&self.workers().rooms);
+            if let Some(more) = rooms.get_mut(&room) {
+                *more = true;
+                return;
+            }
+            rooms.insert(room.clone(), false);
+        }
+        let (hs, stop) = (self.clone(), self.stopping());
+        self.tracker().spawn(async move {
+            tokio::select! {
+                () = work(&hs, &room) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    async fn take_edu(&self, origin: &ServerName, edu: Edu) -> Result<()> {
+        match edu {
+            Edu::DeviceListUpdate(update) => self.on_device_list_update(origin, update).await,
+            Edu::SigningKeyUpdate(update) => self.on_signing_key_update(origin, update).await,
+            Edu::DirectToDevice(message) => self.on_direct_to_device(origin, message).await,
+            Edu::Typing(_) | Edu::Receipts(_) | Edu::Presence(_) => Ok(()),
+        }
+    }
+}
+
+struct Door {
+    version: RoomVersion,
+    open: bool,
+}
+
+/// The id under which the result goes, and the result: `None` to stage it, `Some(None)` for `{}`.
+fn judge_one(
+    raw: &str,
+    version: RoomVersion,
+    verdict: std::result::Result<Arc<Pdu>, BadPdu>,
+    open: bool,
+) -> (Option<EventId>, Option<Option<String>>) {
+    match verdict {
+        Ok(pdu) if open => (Some(pdu.event_id.clone()), None),
+        Ok(pdu) => (Some(pdu.event_id.clone()), Some(Some("the room's ACL shuts your server out".to_owned()))),
+        Err(bad) if bad.signature => {
+            let event_id = bad.event_id.or_else(|| Pdu::parse(raw, version).ok().map(|pdu| pdu.event_id));
+            (event_id, Some(Some(bad.reason)))
+        }
+        // Malformed: dropped without a word, as the spec wants (P-22).
+        Err(bad) => (bad.event_id, Some(None)),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn work(hs: &Homeserver, room: &RoomId) {
+    loop {
+        match take_some(hs, room).await {
+            Ok(Taken::Some) => continue,
+            Ok(Taken::Nothing) => {}
+            Ok(Taken::Postponed) => {
+                tokio::time::sleep(POSTPONED).await;
+                continue;
+            }
+            Err(error) => {
+                tracing::error!(%room, %error, "staged PDUs can not be taken");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        }
+        let mut rooms = lock(&hs.workers().rooms);
+        match rooms.get_mut(room) {
+            Some(more) if *more => *more = false,
+            _ => {
+                rooms.remove(room);
+                return;
+            }
+        }
+    }
+}
+
+enum Taken {
+    Some,
+    Nothing,
+    Postponed,
+}
+
+/// Takes the oldest staged PDUs of one origin.
+async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
+    let asked = room.clone();
+    let (mut staged, row) = hs
+        .store()
+        .read(move |c| Ok((queues::staged(c, &asked, BATCH_MAX)?, rooms::by_id(c, &asked)?)))
+        .await?;
+    let (Some(origin), Some(row)) = (staged.first().map(|first| first.origin.clone()), row) else {
+        return unstage(hs, staged).await;
+    };
+    let others = staged.iter().position(|one| one.origin != origin);
+    staged.truncate(others.unwrap_or(staged.len()));
+    // Their signatures were checked before they were staged.
+    let parsed = staged.iter().map(|one| (one.number, Pdu::parse(&one.pdu, row.version)));
+    let events: Vec<Incoming> = parsed
+        .filter_map(|(number, pdu)| Some(Incoming { pdu: Arc::new(pdu.ok()?), staged: Some(number) }))
+        .collect();
+    if events.is_empty() {
+        return unstage(hs, staged).await;
+    }
+    let machine = Receive::new(hs.own().clone(), room.clone(), origin.clone(), events, hs.clock().now());
+    let Some(received) = drive(hs, Run::of(machine)).await else { return Ok(Taken::Nothing) };
+    let mut postponed = false;
+    for (event_id, received) in &received {
+        match received {
+            Received::Accepted | Received::Known | Received::OutOfBand => {}
+            Received::Postponed => postponed = true,
+            other => tracing::info!(%room, %origin, %event_id, ?other, "a PDU was not accepted"),
+        }
+    }
+    if postponed {
+        return Ok(Taken::Postponed);
+    }
+    // The machine settles each row with the commit that deals with it; what is left has no commit.
+    unstage(hs, staged).await?;
+    Ok(Taken::Some)
+}
+
+async fn unstage(hs: &Homeserver, staged: Vec<Staged>) -> Result<Taken> {
+    if staged.is_empty() {
+        return Ok(Taken::Nothing);
+    }
+    let numbers: Vec<i64> = staged.iter().map(|one| one.number).collect();
+    hs.store().write(move |c| queues::unstage(c, &numbers)).await?;
+    Ok(Taken::Some)
+}
