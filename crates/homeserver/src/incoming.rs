@@ -60,19 +60,33 @@ struct Envelope {
 
 impl Homeserver {
     /// `PUT /send/{txnId}`. The answer: `pdus`, a result for each event id.
-    pub async fn take_transaction(&self, origin: &ServerName, txn_id: &str, body: &[u8]) -> Result<Value> {
-        let transaction: Transaction<'_> =
-            serde_json::from_slice(body).map_err(|_| MatrixError::bad_json("That is no transaction"))?;
+    pub async fn take_transaction(
+        &self,
+        origin: &ServerName,
+        txn_id: &str,
+        body: &[u8],
+    ) -> Result<Value> {
+        let transaction: Transaction<'_> = serde_json::from_slice(body)
+            .map_err(|_| MatrixError::bad_json("That is no transaction"))?;
         if transaction.pdus.len() > PDUS_MAX || transaction.edus.len() > EDUS_MAX {
-            return Err(MatrixError::bad_json("A transaction holds at most 50 PDUs and 100 EDUs"));
+            return Err(MatrixError::bad_json(
+                "A transaction holds at most 50 PDUs and 100 EDUs",
+            ));
         }
         let (from, txn) = (origin.clone(), txn_id.to_owned());
-        let seen = self.store().read(move |c| queues::seen_transaction(c, &from, &txn)).await?;
+        let seen = self
+            .store()
+            .read(move |c| queues::seen_transaction(c, &from, &txn))
+            .await?;
         if let Some(answer) = seen {
             return Ok(serde_json::from_str(&answer).unwrap_or_else(|_| json!({ "pdus": {} })));
         }
         self.outgoing().is_back(origin).await;
-        let pdus: Vec<String> = transaction.pdus.iter().map(|pdu| pdu.get().to_owned()).collect();
+        let pdus: Vec<String> = transaction
+            .pdus
+            .iter()
+            .map(|pdu| pdu.get().to_owned())
+            .collect();
         let (results, staged) = self.judge(origin, pdus).await?;
         let answer = json!({ "pdus": results });
         self.stage(origin, txn_id, &answer, staged).await?;
@@ -87,11 +101,18 @@ impl Homeserver {
     }
 
     /// The result of each PDU, and which are to be staged, in their order.
-    async fn judge(&self, origin: &ServerName, pdus: Vec<String>) -> Result<(Map<String, Value>, Vec<(RoomId, String)>)> {
+    async fn judge(
+        &self,
+        origin: &ServerName,
+        pdus: Vec<String>,
+    ) -> Result<(Map<String, Value>, Vec<(RoomId, String)>)> {
         let mut doors: BTreeMap<RoomId, Option<Door>> = BTreeMap::new();
         let mut by_version: BTreeMap<RoomVersion, Vec<(usize, RoomId)>> = BTreeMap::new();
         for (at, pdu) in pdus.iter().enumerate() {
-            let Ok(Envelope { room_id: Some(room) }) = serde_json::from_str::<Envelope>(pdu) else {
+            let Ok(Envelope {
+                room_id: Some(room),
+            }) = serde_json::from_str::<Envelope>(pdu)
+            else {
                 continue;
             };
             if !doors.contains_key(&room) {
@@ -106,7 +127,10 @@ impl Homeserver {
         let mut results = Map::new();
         let mut staged: BTreeMap<usize, (RoomId, String)> = BTreeMap::new();
         for (version, entries) in by_version {
-            let raw = entries.iter().map(|(at, _)| pdus[*at].as_str().into()).collect();
+            let raw = entries
+                .iter()
+                .map(|(at, _)| pdus[*at].as_str().into())
+                .collect();
             let checked = checks::check(self, version, raw).await;
             for ((at, room), verdict) in entries.into_iter().zip(checked) {
                 let open = matches!(doors.get(&room), Some(Some(door)) if door.open);
@@ -115,7 +139,9 @@ impl Homeserver {
                     staged.insert(at, (room, pdus[at].clone()));
                 }
                 if let Some(event_id) = event_id {
-                    let result = result.flatten().map_or_else(|| json!({}), |error| json!({ "error": error }));
+                    let result = result
+                        .flatten()
+                        .map_or_else(|| json!({}), |error| json!({ "error": error }));
                     results.insert(event_id.to_string(), result);
                 }
             }
@@ -133,9 +159,14 @@ impl Homeserver {
                 Ok((row, federation_reads::asker(c, &asked, &from)?))
             })
             .await?;
-        let (Some(row), asker) = found else { return Ok(None) };
+        let (Some(row), asker) = found else {
+            return Ok(None);
+        };
         let acl = asker.and_then(|asker| asker.acl);
-        Ok(Some(Door { version: row.version, open: acl::allows(acl.as_deref(), origin) }))
+        Ok(Some(Door {
+            version: row.version,
+            open: acl::allows(acl.as_deref(), origin),
+        }))
     }
 
     async fn stage(
@@ -145,9 +176,16 @@ impl Homeserver {
         answer: &Value,
         staged: Vec<(RoomId, String)>,
     ) -> Result<()> {
-        let first = self.store().numbers(Sequence::Other, staged.len()).await?.start;
-        let rows: Vec<(i64, RoomId, String)> =
-            staged.into_iter().zip(first..).map(|((room, pdu), number)| (number, room, pdu)).collect();
+        let first = self
+            .store()
+            .numbers(Sequence::Other, staged.len())
+            .await?
+            .start;
+        let rows: Vec<(i64, RoomId, String)> = staged
+            .into_iter()
+            .zip(first..)
+            .map(|((room, pdu), number)| (number, room, pdu))
+            .collect();
         let rooms: BTreeSet<RoomId> = rows.iter().map(|(_, room, _)| room.clone()).collect();
         let (origin, txn_id, answer) = (origin.clone(), txn_id.to_owned(), answer.to_string());
         let now = self.clock().unix_ms();
@@ -175,7 +213,9 @@ impl Homeserver {
     /// At boot: what was staged and not taken. And what need not be remembered any more.
     pub(crate) async fn resume_incoming(&self) -> storage::Result<()> {
         let before = self.clock().unix_ms() - SEEN_MS;
-        self.store().write(move |c| queues::drop_transactions_before(c, before)).await?;
+        self.store()
+            .write(move |c| queues::drop_transactions_before(c, before))
+            .await?;
         for room in self.store().read(queues::staged_rooms).await? {
             self.work_room(room);
         }
@@ -225,9 +265,14 @@ fn judge_one(
 ) -> (Option<EventId>, Option<Option<String>>) {
     match verdict {
         Ok(pdu) if open => (Some(pdu.event_id.clone()), None),
-        Ok(pdu) => (Some(pdu.event_id.clone()), Some(Some("the room's ACL shuts your server out".to_owned()))),
+        Ok(pdu) => (
+            Some(pdu.event_id.clone()),
+            Some(Some("the room's ACL shuts your server out".to_owned())),
+        ),
         Err(bad) if bad.signature => {
-            let event_id = bad.event_id.or_else(|| Pdu::parse(raw, version).ok().map(|pdu| pdu.event_id));
+            let event_id = bad
+                .event_id
+                .or_else(|| Pdu::parse(raw, version).ok().map(|pdu| pdu.event_id));
             (event_id, Some(Some(bad.reason)))
         }
         // Malformed: dropped without a word, as the spec wants (P-22).
@@ -276,7 +321,12 @@ async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
     let asked = room.clone();
     let (mut staged, row) = hs
         .store()
-        .read(move |c| Ok((queues::staged(c, &asked, BATCH_MAX)?, rooms::by_id(c, &asked)?)))
+        .read(move |c| {
+            Ok((
+                queues::staged(c, &asked, BATCH_MAX)?,
+                rooms::by_id(c, &asked)?,
+            ))
+        })
         .await?;
     let (Some(origin), Some(row)) = (staged.first().map(|first| first.origin.clone()), row) else {
         return unstage(hs, staged).await;
@@ -284,15 +334,30 @@ async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
     let others = staged.iter().position(|one| one.origin != origin);
     staged.truncate(others.unwrap_or(staged.len()));
     // Their signatures were checked before they were staged.
-    let parsed = staged.iter().map(|one| (one.number, Pdu::parse(&one.pdu, row.version)));
+    let parsed = staged
+        .iter()
+        .map(|one| (one.number, Pdu::parse(&one.pdu, row.version)));
     let events: Vec<Incoming> = parsed
-        .filter_map(|(number, pdu)| Some(Incoming { pdu: Arc::new(pdu.ok()?), staged: Some(number) }))
+        .filter_map(|(number, pdu)| {
+            Some(Incoming {
+                pdu: Arc::new(pdu.ok()?),
+                staged: Some(number),
+            })
+        })
         .collect();
     if events.is_empty() {
         return unstage(hs, staged).await;
     }
-    let machine = Receive::new(hs.own().clone(), room.clone(), origin.clone(), events, hs.clock().now());
-    let Some(received) = drive(hs, Run::of(machine)).await else { return Ok(Taken::Nothing) };
+    let machine = Receive::new(
+        hs.own().clone(),
+        room.clone(),
+        origin.clone(),
+        events,
+        hs.clock().now(),
+    );
+    let Some(received) = drive(hs, Run::of(machine)).await else {
+        return Ok(Taken::Nothing);
+    };
     let mut postponed = false;
     for (event_id, received) in &received {
         match received {
@@ -314,6 +379,8 @@ async fn unstage(hs: &Homeserver, staged: Vec<Staged>) -> Result<Taken> {
         return Ok(Taken::Nothing);
     }
     let numbers: Vec<i64> = staged.iter().map(|one| one.number).collect();
-    hs.store().write(move |c| queues::unstage(c, &numbers)).await?;
+    hs.store()
+        .write(move |c| queues::unstage(c, &numbers))
+        .await?;
     Ok(Taken::Some)
 }

@@ -544,7 +544,6 @@ impl Rooms<'_> {
                 self.hs
                     .jobs()
                     .close(job, "failed", Some(refusal.to_string()));
-                self.hs.tasks().pay_debts();
                 Err(refusal.into())
             }
         }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use protocol::id::RoomId;
 use room::effect::Now;
@@ -16,10 +15,6 @@ use tokio::sync::mpsc;
 
 use crate::Homeserver;
 use crate::drive::{Command, Run, drive};
-
-/// A debt that nobody takes is offered again after this, then twice that, and so on.
-const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
-const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
 /// What runs now. One resync for each room at most (S-1).
 #[derive(Default)]
@@ -66,11 +61,17 @@ impl Tasks<'_> {
 
     /// An admin wants a resync to try again now (O-48). `false` when none runs.
     pub fn retry_resync(&self, room: &RoomId) -> bool {
-        self.lock().get(room).is_some_and(|running| running.try_send(retry()).is_ok())
+        self.lock()
+            .get(room)
+            .is_some_and(|running| running.try_send(retry()).is_ok())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>> {
-        self.hs.running().resyncs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hs
+            .running()
+            .resyncs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// At boot: what was under way.
@@ -82,24 +83,14 @@ impl Tasks<'_> {
             .await?;
         for intent in intents.into_iter().filter(|intent| !intent.owe_leave) {
             let hs = self.hs.clone();
-            self.hs.tracker().spawn(async move { resume_join(&hs, intent).await });
+            self.hs
+                .tracker()
+                .spawn(async move { resume_join(&hs, intent).await });
         }
         for (_, room) in rooms {
             self.start_resync(room);
         }
-        self.pay_debts();
         Ok(())
-    }
-
-    /// Offers the leaves that we owe to the servers that may hold us as a member, until they are taken.
-    pub fn pay_debts(&self) {
-        let (hs, stop) = (self.hs.clone(), self.hs.stopping());
-        self.hs.tracker().spawn(async move {
-            tokio::select! {
-                () = pay_debts(&hs) => {}
-                () = stop.cancelled() => {}
-            }
-        });
     }
 
     /// A room has become full: what waited for that.
@@ -113,8 +104,17 @@ fn retry() -> Command<Resync> {
 }
 
 async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command<Resync>>) {
-    let machine = Resync::new(hs.own().clone(), room.clone(), rand::random(), hs.clock().now());
-    let run = Run { machine, job: None, commands: Some(commands) };
+    let machine = Resync::new(
+        hs.own().clone(),
+        room.clone(),
+        rand::random(),
+        hs.clock().now(),
+    );
+    let run = Run {
+        machine,
+        job: None,
+        commands: Some(commands),
+    };
     match drive(hs, run).await {
         Some(Resynced::Full) => tracing::info!(%room, "the room is full"),
         Some(Resynced::Freed) => {
@@ -128,7 +128,13 @@ async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command
 
 /// A join that a crash interrupted after its event may have left: the same event goes again.
 async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
-    let StoredIntent { job, room, user, via, .. } = stored;
+    let StoredIntent {
+        job,
+        room,
+        user,
+        via,
+        ..
+    } = stored;
     tracing::info!(%room, %user, job, "taking up an interrupted join");
     let servers = hs.rooms().servers(&room).await.unwrap_or_default();
     let request = JoinRequest {
@@ -145,33 +151,11 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
         via,
         omit_members: stored.omit_members,
     };
-    let options = JoinOptions { race_send_join: hs.config().join.race_send_join };
+    let options = JoinOptions {
+        race_send_join: hs.config().join.race_send_join,
+    };
     let machine = Join::resume(hs.own().clone(), request, options, intent, hs.clock().now());
     if let Ok(outcome) = hs.rooms().run_join(machine, job).await {
         let _told_in_the_log = hs.rooms().after_join(&room, &user, job, outcome);
-    }
-}
-
-async fn pay_debts(hs: &Homeserver) {
-    let mut pause = DEBT_PAUSE_MIN;
-    loop {
-        let intents = match hs.store().read(queues::intents).await {
-            Ok(intents) => intents,
-            Err(error) => {
-                tracing::error!(%error, "owed leaves can not be read");
-                return;
-            }
-        };
-        let owed: Vec<_> = intents.into_iter().filter(|intent| intent.owe_leave).collect();
-        if owed.is_empty() {
-            return;
-        }
-        for debt in owed {
-            if let Err(error) = hs.rooms().pay_debt(&debt).await {
-                tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
-            }
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(DEBT_PAUSE_MAX);
     }
 }
