@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use federation::IpRanges;
 use protocol::id::ServerName;
 use protocol::room_version::RoomVersion;
 
@@ -23,6 +24,8 @@ pub struct Config {
     pub join: JoinSettings,
     pub media_path: PathBuf,
     pub media_upload_bytes_max: u64,
+    /// Where requests may go that users or other servers ask for: previews, push gateways.
+    pub outbound_ip_ranges: IpRanges,
     pub appservice_files: Vec<PathBuf>,
     pub trusted_key_servers: Vec<ServerName>,
     /// How long a client's request may wait for a room to become full (C-35).
@@ -84,6 +87,7 @@ impl Config {
             join: JoinSettings::default(),
             media_path: PathBuf::from("data/media"),
             media_upload_bytes_max: 50 << 20,
+            outbound_ip_ranges: IpRanges::public_and(&[]).expect("no ranges to misread"),
             appservice_files: Vec::new(),
             trusted_key_servers: Vec::new(),
             full_state_wait_max: Duration::from_secs(120),

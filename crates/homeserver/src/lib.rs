@@ -24,9 +24,12 @@ pub mod incoming;
 pub mod jobs;
 pub mod key_query;
 pub mod limits;
+pub mod media;
 pub mod notifier;
+mod outbound;
 pub mod outgoing;
 mod passwords;
+pub mod previews;
 pub mod profiles;
 pub mod push;
 pub mod push_rules;
@@ -35,6 +38,7 @@ pub mod rooms;
 pub mod server_keys;
 pub mod shared_secret;
 pub mod tasks;
+pub mod thumbnails;
 pub mod to_device;
 pub mod uia;
 
@@ -88,6 +92,9 @@ struct Inner {
     workers: incoming::Workers,
     fetches: key_query::Fetches,
     push: push::State,
+    outbound: outbound::Outbound,
+    media: media::State,
+    previews: previews::Previews,
 }
 
 impl Homeserver {
@@ -115,6 +122,7 @@ impl Homeserver {
             wire.old_keys,
         );
         let limits = limits::RateLimits::new(&config.limits);
+        let outbound = outbound::Outbound::new(config.outbound_ip_ranges.clone());
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -138,6 +146,9 @@ impl Homeserver {
                 workers: incoming::Workers::default(),
                 fetches: key_query::Fetches::default(),
                 push: push::State::default(),
+                outbound,
+                media: media::State::default(),
+                previews: previews::Previews::default(),
             }),
         }
     }

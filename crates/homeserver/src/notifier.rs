@@ -20,8 +20,8 @@ pub enum Topic {
     Destination(ServerName),
     /// Some join job moved.
     Jobs,
-    /// The device lists of users at large.
-    DeviceLists,
+    /// The content of this media id of ours.
+    Media(String),
 }
 
 #[derive(Clone, Default)]

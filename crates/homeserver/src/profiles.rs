@@ -144,21 +144,4 @@ impl Homeserver {
             _ => Err(MatrixError::bad_gateway("The user's server does not tell")),
         }
     }
-
-    /// What another server may ask of a profile: all of it, or one field.
-    pub async fn federation_profile(
-        &self,
-        user: &UserId,
-        field: Option<&str>,
-    ) -> Result<Map<String, Value>> {
-        let fields = if self.config().is_ours(user) {
-            self.local_profile(user).await?
-        } else {
-            None
-        };
-        let mut fields =
-            fields.ok_or_else(|| MatrixError::not_found("There is no such profile"))?;
-        fields.retain(|name, _| field.is_none_or(|field| field == name));
-        Ok(fields)
-    }
 }

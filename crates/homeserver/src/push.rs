@@ -23,6 +23,7 @@ use storage::{Conn, streams, timeline};
 
 use crate::Homeserver;
 use crate::error::{MatrixError, Result};
+use crate::outbound;
 use crate::push_rules::{self, PUSH_RULES};
 
 /// Events of a room looked at in one go; a room that was away for long is caught up with in several.
@@ -31,7 +32,6 @@ const EVENTS_AT_ONCE: i64 = 100;
 const EVENTS_BACK_MAX: i64 = 1000;
 /// Notifications sent to a gateway in one go.
 const PUSHES_AT_ONCE: i64 = 50;
-const GATEWAY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pauses between tries; after the last one the next event begins anew.
 const GATEWAY_PAUSES_S: [u64; 5] = [1, 5, 30, 120, 600];
 const GATEWAY_ANSWER_BYTES_MAX: usize = 64 << 10;
@@ -42,7 +42,6 @@ pub(crate) struct State {
     rooms: Mutex<HashMap<RoomId, Arc<tokio::sync::Mutex<()>>>>,
     /// Users whose gateways are being told.
     sending: Mutex<HashSet<UserId>>,
-    http: reqwest::Client,
 }
 
 /// One round over a room: what there is to be judged, and for whom.
@@ -308,15 +307,7 @@ impl Homeserver {
             return true;
         };
         let body = notification(pusher, &shown, event, action, unread);
-        let request = self
-            .inner
-            .push
-            .http
-            .post(url)
-            .timeout(GATEWAY_TIMEOUT)
-            .json(&body)
-            .send();
-        let answer = match request.await {
+        let answer = match self.inner.outbound.post(url, &body).await {
             Ok(answer) if answer.status().is_success() => answer,
             Ok(answer) if answer.status().is_client_error() => return true,
             Ok(answer) => {
@@ -328,13 +319,10 @@ impl Homeserver {
                 return false;
             }
         };
-        let known_length = answer
-            .content_length()
-            .and_then(|bytes| usize::try_from(bytes).ok());
-        if known_length.is_none_or(|bytes| bytes > GATEWAY_ANSWER_BYTES_MAX) {
+        let Ok(answer) = outbound::body(answer, GATEWAY_ANSWER_BYTES_MAX).await else {
             return true;
-        }
-        let rejected = answer.json::<Value>().await.ok();
+        };
+        let rejected = serde_json::from_slice::<Value>(&answer).ok();
         let rejected = rejected
             .as_ref()
             .and_then(|answer| answer["rejected"].as_array());

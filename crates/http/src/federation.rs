@@ -7,6 +7,7 @@ mod event;
 mod event_auth;
 mod get_missing_events;
 mod make_membership;
+mod media;
 mod openid_userinfo;
 mod query_directory;
 mod query_profile;
@@ -43,6 +44,8 @@ pub fn routes() -> Router<Homeserver> {
         .route(&v1("make_join/{room}/{user}"), get(make_membership::join))
         .route(&v1("make_knock/{room}/{user}"), get(make_membership::knock))
         .route(&v1("make_leave/{room}/{user}"), get(make_membership::leave))
+        .route(&v1("media/download/{media}"), get(media::download))
+        .route(&v1("media/thumbnail/{media}"), get(media::thumbnail))
         .route(&v1("openid/userinfo"), get(openid_userinfo::handle))
         .route(&v1("query/directory"), get(query_directory::handle))
         .route(&v1("query/profile"), get(query_profile::handle))
