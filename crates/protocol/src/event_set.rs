@@ -16,7 +16,7 @@ pub struct EventSet {
     pub keys: BTreeMap<StateKey, KeyNid>,
     /// Those of the events that are known to stand in the auth chain of an entry which all maps of a
     /// resolution agree on. Such events are in no auth difference; the events alone do not show it.
-    /// See [`crate::state_resolution::find_shared`].
+    /// It matters for what is [in question](crate::state_resolution::in_question).
     pub shared: BTreeSet<EventNid>,
 }
 

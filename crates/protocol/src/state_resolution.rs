@@ -22,7 +22,7 @@ use crate::state::StateMap;
 ///
 /// `set` holds the events of every key on which the maps differ; what stands in the maps at the keys that
 /// the rules of those events may read, the create event among them; and the whole auth chains of all
-/// these. It numbers the keys of all its events, and names in `shared` what [`find_shared`] finds. With
+/// these. It numbers the keys of all its events, and `shared` is right for all that is [`in_question`]. With
 /// less than that the answer is a state all the same, though perhaps not the one other servers get.
 pub fn resolve(version: RoomVersion, maps: &[StateMap], set: &EventSet) -> StateMap {
     let Some(first) = maps.first() else {
@@ -44,60 +44,9 @@ pub fn state_from_events(entries: &[(KeyNid, EventNid)]) -> StateMap {
     entries.iter().copied().collect()
 }
 
-/// Those of the set's events that stand in the auth chain of an entry on which all maps agree, as far as
-/// they would otherwise be in the auth difference.
-///
-/// The set alone does not show it, since it has not got most of what the maps agree on; so this walks the
-/// other way, from the events in question up to the first such entry. `dependents` gives the next few
-/// events that name one event among their auth events, by growing number from past the given one, each
-/// with the number of its state key; nothing when there are no more.
-pub fn find_shared<E>(
-    maps: &[StateMap],
-    set: &EventSet,
-    dependents: &mut Dependents<'_, E>,
-) -> Result<BTreeSet<EventNid>, E> {
-    let agreed = |event: EventNid, key: Option<KeyNid>| {
-        key.is_some_and(|key| maps.iter().all(|map| map.get(key) == Some(event)))
-    };
-    let mut shared = shared_in_set(maps, &disputed(maps), set);
-    let in_question = in_question(maps, set, &[]);
-    // Seen from below and known to lead to no entry that the maps agree on.
-    let mut dead = BTreeSet::new();
-    for event in in_question {
-        if shared.contains(&event) || dead.contains(&event) {
-            continue;
-        }
-        let mut seen = BTreeSet::from([event]);
-        let mut left = vec![(event, None)];
-        let mut found = false;
-        'walk: while let Some((event, after)) = left.pop() {
-            let page = dependents(event, after)?;
-            if let Some((last, _)) = page.last() {
-                left.push((event, Some(*last)));
-            }
-            for (above, key) in page {
-                if agreed(above, key) || shared.contains(&above) {
-                    found = true;
-                    break 'walk;
-                }
-                if !dead.contains(&above) && seen.insert(above) {
-                    left.push((above, None));
-                }
-            }
-        }
-        if found {
-            shared.insert(event);
-            shared.extend(auth_chain([event], &|event| set.auth_events(event)));
-        } else {
-            dead.extend(seen);
-        }
-    }
-    Ok(shared)
-}
-
-/// The events of the set for which [`find_shared`] matters: those in the auth chains of some of the
-/// disputed entries that are not in those of all maps and not, as far as the set shows, in that of an
-/// entry that all maps agree on. Where the maps hold events that the set has not got, `also` names what
+/// The events for which it matters whether they are in the set's `shared`: those in the auth chains of some
+/// of the disputed entries that are not in those of all maps and not, as far as the set shows, in that of
+/// an entry that all maps agree on. Where the maps hold events that the set has not got, `also` names what
 /// those stand on.
 pub fn in_question(maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTreeSet<EventNid> {
     let disputed = disputed(maps);
@@ -112,10 +61,6 @@ pub fn in_question(maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTre
     }
     found
 }
-
-/// A page of what stands upon an event: see [`find_shared`].
-pub type Dependents<'a, E> =
-    dyn FnMut(EventNid, Option<EventNid>) -> Result<Vec<(EventNid, Option<KeyNid>)>, E> + 'a;
 
 /// The keys on which the maps differ, with the events that stand there in some of them.
 fn disputed(maps: &[StateMap]) -> BTreeMap<KeyNid, BTreeSet<EventNid>> {

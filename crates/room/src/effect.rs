@@ -253,7 +253,7 @@ pub enum Load {
     /// - the whole auth chains of all these,
     ///
     /// Those of the events that are in the auth chain of an entry on which all maps agree stand in the
-    /// set's `shared` as well: they are in no auth difference.
+    /// set's `shared` as well, as far as that is in question: they are in no auth difference.
     ///
     /// `keys` of the set numbers the key of each of its state events and each key that their rules may
     /// read, as far as they have a number.

@@ -1,7 +1,6 @@
 //! A room in memory: events with numbers, the states around them, and what resolution needs of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use protocol::auth;
@@ -13,7 +12,7 @@ use protocol::nid::{EventNid, KeyNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
-use protocol::state_resolution::{find_shared, resolve};
+use protocol::state_resolution::{in_question, resolve};
 use serde_json::{Value, json};
 
 /// An event as a test writes it. Ids are bare words; `depth` follows from the prev events.
@@ -215,31 +214,32 @@ impl World {
             keys: self.keys.clone(),
             shared: BTreeSet::new(),
         };
-        set.shared = find_shared(maps, &set, &mut |event, after| {
-            Ok::<_, Infallible>(self.dependents(event, after))
-        })
-        .unwrap_or_else(|never| match never {});
+        set.shared = self.shared(maps, &set, &[]);
         set
     }
 
-    fn dependents(
-        &self,
-        event: EventNid,
-        after: Option<EventNid>,
-    ) -> Vec<(EventNid, Option<KeyNid>)> {
-        let start = after.map_or(0, |after| after.0 + 1);
-        (start..self.entries.len() as i64)
-            .map(EventNid)
-            .filter(|above| self.entry(*above).auth.contains(&event))
-            .map(|above| (above, self.key_of(above)))
-            .take(2)
-            .collect()
+    /// As a machine does that has made or received an event and not stored it yet: the store answers for
+    /// what it has, and is told what the other stands on.
+    pub fn resolve_with_own(&self, maps: &[StateMap], own: EventNid) -> StateMap {
+        let mut set = self.closure(maps);
+        let Some(stored) = set.events.remove(&own) else {
+            return resolve(self.version, maps, &set);
+        };
+        set.shared.clear();
+        set.shared = self.shared(maps, &set, &stored.auth_events);
+        set.events.insert(own, stored);
+        resolve(self.version, maps, &set)
     }
 
-    fn key_of(&self, event: EventNid) -> Option<KeyNid> {
-        let pdu = &self.entry(event).pdu;
-        let key = (pdu.kind.clone(), pdu.state_key.clone()?);
-        self.keys.get(&key).copied()
+    fn shared(&self, maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTreeSet<EventNid> {
+        let agreed = maps[0]
+            .iter()
+            .filter(|(key, event)| maps.iter().all(|map| map.get(*key) == Some(*event)));
+        let agreed = agreed.map(|(_, event)| event);
+        let chain = auth_chain(agreed, &|event| &self.entry(event).auth);
+        let mut shared = in_question(maps, set, also);
+        shared.retain(|event| chain.contains(event));
+        shared
     }
 
     fn key(&mut self, key: StateKey) -> KeyNid {
