@@ -28,6 +28,7 @@ pub mod media;
 pub mod notifier;
 mod outbound;
 pub mod outgoing;
+pub mod outside;
 mod passwords;
 pub mod previews;
 pub mod profiles;

@@ -133,7 +133,11 @@ impl Rooms<'_> {
     }
 
     /// The membership of a user in the current state, or out of band.
-    async fn membership(&self, room: &RoomId, user: &UserId) -> storage::Result<Option<String>> {
+    pub(crate) async fn membership(
+        &self,
+        room: &RoomId,
+        user: &UserId,
+    ) -> storage::Result<Option<String>> {
         let (room, user) = (room.clone(), user.clone());
         self.hs
             .store()
@@ -202,7 +206,7 @@ impl Rooms<'_> {
             .map(drop)
     }
 
-    async fn send_all(&self, drafts: Vec<send::Draft>, room: &RoomId) -> Result<Sent> {
+    pub(crate) async fn send_all(&self, drafts: Vec<send::Draft>, room: &RoomId) -> Result<Sent> {
         match self.try_send(drafts, room).await? {
             Ok(sent) => Ok(sent),
             Err(Unsent::Refused(refusal)) => Err(refusal.into()),
@@ -307,7 +311,7 @@ impl Rooms<'_> {
     }
 
     /// What our user puts into member events. A user without a profile joins all the same (J-34).
-    async fn member(&self, user: &UserId, reason: Option<String>) -> Result<Member> {
+    pub(crate) async fn member(&self, user: &UserId, reason: Option<String>) -> Result<Member> {
         let profile = self.hs.local_profile(user).await?.unwrap_or_default();
         let text = |key: &str| profile.get(key).and_then(Value::as_str).map(str::to_owned);
         Ok(Member {
@@ -318,7 +322,7 @@ impl Rooms<'_> {
     }
 }
 
-fn content_of(membership: &str, member: &Member) -> Value {
+pub(crate) fn content_of(membership: &str, member: &Member) -> Value {
     let mut content = Map::new();
     content.insert("membership".to_owned(), membership.into());
     let keys = [
@@ -415,7 +419,7 @@ impl Rooms<'_> {
     }
 
     /// Who may be asked, best first (J-12 to J-17).
-    async fn candidates(
+    pub(crate) async fn candidates(
         &self,
         room: &RoomId,
         user: &UserId,
@@ -544,6 +548,7 @@ impl Rooms<'_> {
                 self.hs
                     .jobs()
                     .close(job, "failed", Some(refusal.to_string()));
+                self.hs.tasks().pay_debts();
                 Err(refusal.into())
             }
         }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use protocol::id::RoomId;
 use room::effect::Now;
@@ -15,6 +16,10 @@ use tokio::sync::mpsc;
 
 use crate::Homeserver;
 use crate::drive::{Command, Run, drive};
+
+/// A debt that nobody takes is offered again after this, then twice that, and so on.
+const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
+const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
 /// What runs now. One resync for each room at most (S-1).
 #[derive(Default)]
@@ -90,7 +95,19 @@ impl Tasks<'_> {
         for (_, room) in rooms {
             self.start_resync(room);
         }
+        self.pay_debts();
         Ok(())
+    }
+
+    /// Offers the leaves that we owe to the servers that may hold us as a member, until they are taken.
+    pub fn pay_debts(&self) {
+        let (hs, stop) = (self.hs.clone(), self.hs.stopping());
+        self.hs.tracker().spawn(async move {
+            tokio::select! {
+                () = pay_debts(&hs) => {}
+                () = stop.cancelled() => {}
+            }
+        });
     }
 
     /// A room has become full: what waited for that.
@@ -157,5 +174,32 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
     let machine = Join::resume(hs.own().clone(), request, options, intent, hs.clock().now());
     if let Ok(outcome) = hs.rooms().run_join(machine, job).await {
         let _told_in_the_log = hs.rooms().after_join(&room, &user, job, outcome);
+    }
+}
+
+async fn pay_debts(hs: &Homeserver) {
+    let mut pause = DEBT_PAUSE_MIN;
+    loop {
+        let intents = match hs.store().read(queues::intents).await {
+            Ok(intents) => intents,
+            Err(error) => {
+                tracing::error!(%error, "owed leaves can not be read");
+                return;
+            }
+        };
+        let owed: Vec<_> = intents
+            .into_iter()
+            .filter(|intent| intent.owe_leave)
+            .collect();
+        if owed.is_empty() {
+            return;
+        }
+        for debt in owed {
+            if let Err(error) = hs.rooms().pay_debt(&debt).await {
+                tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DEBT_PAUSE_MAX);
     }
 }

@@ -1,0 +1,236 @@
+//! Memberships across the border of a room: leaving, inviting and knocking where other servers have a say,
+//! and history that they hold.
+
+use std::sync::Arc;
+
+use federation::Direction;
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::pdu::Pdu;
+use room::backfill::Backfill;
+use room::effect::{Load, Loaded};
+use room::invite::{Invite, ReceivedInvite, TakeInvite};
+use room::knock::{Knock, KnockRequest};
+use room::leave::{Leave, LeaveRequest, Why};
+use room::send::{self, Unsent};
+use serde_json::{Value, json};
+use storage::load;
+use storage::queues::{self, StoredIntent};
+
+use crate::Homeserver;
+use crate::drive::{Run, drive};
+use crate::error::{MatrixError, Result};
+use crate::rooms::{Rooms, content_of, stopping};
+
+/// Servers asked for the event at a time; the spec wants no more than a try.
+const TIMESTAMP_SERVERS_MAX: usize = 5;
+
+impl Rooms<'_> {
+    /// Leaves a room, or refuses an invite, or takes a knock back. Never waits for a resync (C-2).
+    pub async fn leave(&self, user: &UserId, room: &RoomId, reason: Option<String>) -> Result<()> {
+        let membership = self.membership(room, user).await?;
+        match membership.as_deref() {
+            Some("join" | "invite" | "knock") => {}
+            // Who is out already is out.
+            Some("leave") => return Ok(()),
+            Some(_) => return Err(MatrixError::forbidden("You are banned from this room")),
+            None => return Err(MatrixError::forbidden("You are not in this room")),
+        }
+        let inside = self
+            .head(room)
+            .await?
+            .is_some_and(|head| !head.local_joined.is_empty());
+        if inside {
+            let mut content = json!({ "membership": "leave" });
+            if let Some(reason) = reason {
+                content["reason"] = Value::from(reason);
+            }
+            let draft = send::Draft::state(user.clone(), "m.room.member", user.as_str(), content);
+            return self.send_all(vec![draft], room).await.map(drop);
+        }
+        let request = LeaveRequest {
+            room: room.clone(),
+            user: user.clone(),
+            reason,
+            why: Why::NotIn,
+        };
+        let machine = Leave::new(self.hs.own().clone(), request, self.hs.clock().now());
+        let left = drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)??;
+        tracing::info!(%room, %user, told = left.told, "left a room that this server is not in");
+        Ok(())
+    }
+
+    /// Offers an owed leave to the servers that may hold our user as a member.
+    pub(crate) async fn pay_debt(&self, debt: &StoredIntent) -> Result<()> {
+        let mut candidates = vec![debt.via.clone()];
+        candidates.extend(self.servers(&debt.room).await?);
+        let request = LeaveRequest {
+            room: debt.room.clone(),
+            user: debt.user.clone(),
+            reason: None,
+            why: Why::Owed {
+                job: debt.job,
+                candidates,
+            },
+        };
+        let machine = Leave::new(self.hs.own().clone(), request, self.hs.clock().now());
+        drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)??;
+        let job = debt.job;
+        self.hs
+            .store()
+            .write(move |c| queues::settle(c, job))
+            .await?;
+        Ok(())
+    }
+
+    /// Invites a user of this server or of another one.
+    pub async fn invite(
+        &self,
+        sender: &UserId,
+        room: &RoomId,
+        target: &UserId,
+        reason: Option<String>,
+        is_direct: bool,
+    ) -> Result<()> {
+        let ours = self.hs.config().is_ours(target);
+        let mut member = match ours {
+            true => self.member(target, None).await?,
+            false => room::template::Member::default(),
+        };
+        member.reason = reason;
+        let mut content = content_of("invite", &member);
+        if is_direct {
+            content["is_direct"] = Value::from(true);
+        }
+        let draft = send::Draft::state(sender.clone(), "m.room.member", target.as_str(), content);
+        if ours {
+            return self.send_all(vec![draft], room).await.map(drop);
+        }
+        let machine = Invite::new(
+            self.hs.own().clone(),
+            room.clone(),
+            draft,
+            self.hs.clock().now(),
+        )?;
+        match drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)?
+        {
+            Ok(_) => Ok(()),
+            Err(Unsent::Refused(refusal)) => Err(refusal.into()),
+            Err(_) => Err(MatrixError::forbidden("You may not invite to this room")),
+        }
+    }
+
+    /// `POST /knock/{roomIdOrAlias}` (J-80).
+    pub async fn knock(
+        &self,
+        user: &UserId,
+        target: &str,
+        via: Vec<ServerName>,
+        reason: Option<String>,
+    ) -> Result<RoomId> {
+        let (room, servers) = self.resolve(target, via).await?;
+        let member = self.member(user, reason).await?;
+        let head = self.head(&room).await?;
+        if let Some(head) = &head
+            && !head.local_joined.is_empty()
+            && head.partial.is_none()
+        {
+            let content = content_of("knock", &member);
+            let draft = send::Draft::state(user.clone(), "m.room.member", user.as_str(), content);
+            self.send_all(vec![draft], &room).await?;
+            return Ok(room);
+        }
+        let candidates = self
+            .candidates(&room, user, servers, head.as_deref())
+            .await?;
+        let request = KnockRequest {
+            room: room.clone(),
+            user: user.clone(),
+            candidates,
+            member,
+        };
+        let machine = Knock::new(self.hs.own().clone(), request);
+        drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)??;
+        Ok(room)
+    }
+
+    /// Fetches history. `true`: other servers gave some.
+    pub async fn backfill(&self, room: &RoomId, limit: u32) -> Result<bool> {
+        let machine = Backfill::new(
+            self.hs.own().clone(),
+            room.clone(),
+            limit,
+            self.hs.clock().now(),
+        );
+        let fetched = drive(self.hs, Run::of(machine))
+            .await
+            .ok_or_else(stopping)?;
+        Ok(fetched.events > 0)
+    }
+
+    /// What other servers in the room hold nearest to a time (C-17).
+    pub async fn timestamp_to_event(
+        &self,
+        room: &RoomId,
+        ts_ms: i64,
+        forward: bool,
+    ) -> Result<Option<(EventId, i64)>> {
+        let direction = if forward {
+            Direction::Forward
+        } else {
+            Direction::Backward
+        };
+        for server in self
+            .servers(room)
+            .await?
+            .into_iter()
+            .take(TIMESTAMP_SERVERS_MAX)
+        {
+            match self
+                .hs
+                .client()
+                .timestamp_to_event(&server, room, ts_ms, direction)
+                .await
+            {
+                Ok(found) => return Ok(Some((found.event_id, found.origin_server_ts))),
+                Err(error) => tracing::debug!(%room, %server, ?error, "no event for that time"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a user holds an invite to a room, and who sent it.
+    pub async fn pending_invite(&self, room: &RoomId, user: &UserId) -> Result<Option<UserId>> {
+        let load = Load::OutOfBand { user: user.clone() };
+        Ok(match load::load(self.hs.store(), room, load).await? {
+            Loaded::OutOfBand(Some(held)) if &*held.membership == "invite" => {
+                Some(held.pdu.sender.clone())
+            }
+            _ => None,
+        })
+    }
+}
+
+impl Homeserver {
+    /// `PUT /invite/{roomId}/{eventId}`: checks, signs and keeps an invite for one of our users. The
+    /// answer is the event with our signature.
+    pub async fn take_invite(&self, invite: ReceivedInvite) -> Result<Arc<Pdu>> {
+        let invitee = serde_json::from_str::<Value>(&invite.event)
+            .ok()
+            .and_then(|event| UserId::parse(event.get("state_key")?.as_str()?).ok());
+        if let Some(user) = invitee.filter(|user| self.config().is_ours(user))
+            && !self.user_exists(&user).await?
+        {
+            return Err(MatrixError::not_found("There is no such user"));
+        }
+        let machine = TakeInvite::new(self.own().clone(), invite);
+        Ok(drive(self, Run::of(machine)).await.ok_or_else(stopping)??)
+    }
+}
