@@ -233,6 +233,11 @@ impl Plan {
 
     fn carry_out(&self, c: &mut dyn Conn) -> Result<Applied> {
         let writes = &self.writes;
+        if self.moves() {
+            // Whoever else is about to give out positions waits here, before any work is done, or collides
+            // here and loses none.
+            streams::hold(c, Stream::Events)?;
+        }
         load::room_row(c, &writes.room, writes.version)?;
         let row = rooms::by_id(c, &writes.room)?
             .ok_or_else(|| Error::corrupt("a room just made is not there"))?;
@@ -303,6 +308,13 @@ impl Plan {
             )?;
         }
         Ok(applied)
+    }
+
+    /// Whether this may give out positions of the events stream.
+    fn moves(&self) -> bool {
+        let writes = &self.writes;
+        let mut places = writes.events.iter().map(|event| event.place);
+        writes.current_state.is_some() || places.any(|place| place == Place::Timeline)
     }
 
     /// Stores events and gives places; the smallest depth that got one.

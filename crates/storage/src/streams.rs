@@ -69,6 +69,11 @@ pub fn advance(c: &mut dyn Conn, stream: Stream, count: i64) -> Result<i64> {
     Ok(last - count + 1)
 }
 
+/// Takes the stream's turn early, for a transaction that will move it after other work.
+pub(crate) fn hold(c: &mut dyn Conn, stream: Stream) -> Result<()> {
+    c.execute(ADVANCE, &[&stream.as_str(), &0_i64]).map(drop)
+}
+
 /// The last position given out, 0 when there was none.
 pub fn position(c: &mut dyn Conn, stream: Stream) -> Result<i64> {
     Ok(c.query_int(POSITION, &[&stream.as_str()])?.unwrap_or(0))
