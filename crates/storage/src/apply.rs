@@ -644,7 +644,7 @@ impl Plan {
             .map(|placed| (placed.nid, placed.position))
             .collect();
         let mut hosts: BTreeMap<&str, i64> = BTreeMap::new();
-        let (mut upserts, mut gone) = (Vec::new(), Vec::new());
+        let (mut added, mut changed, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         for member in members {
             let local = member.user.server_str() == self.own.as_str();
             let joined = |membership: Option<&str>| i64::from(membership == Some("join"));
@@ -664,7 +664,12 @@ impl Plan {
                         .is_some_and(|status| status.place == Place::Timeline);
                     revealed = at.is_none() && !timeline && before.is_none();
                     let at = at.unwrap_or(if revealed { 0 } else { position });
-                    upserts.push(row![room, &member.user, membership, *nid, at, local]);
+                    let values = row![room, &member.user, membership, *nid, at, local];
+                    if before.is_none() {
+                        added.push(values);
+                    } else {
+                        changed.push(values);
+                    }
                 }
             }
             if local {
@@ -679,11 +684,14 @@ impl Plan {
                 revealed,
             });
         }
-        if !upserts.is_empty() {
-            c.execute_many(UPSERT_MEMBERSHIP, &upserts)?;
-        }
-        if !gone.is_empty() {
-            c.execute_many(DELETE_MEMBERSHIP, &gone)?;
+        for (sql, rows) in [
+            (INSERT_MEMBERSHIP, added),
+            (UPSERT_MEMBERSHIP, changed),
+            (DELETE_MEMBERSHIP, gone),
+        ] {
+            if !rows.is_empty() {
+                c.execute_many(sql, &rows)?;
+            }
         }
         let rows: Vec<_> = hosts
             .iter()
@@ -879,6 +887,8 @@ const MEMBERSHIPS: &str = "SELECT user_id, membership FROM memberships
 const INSERT_ROOM_STATE: &str =
     "INSERT INTO room_states (room_nid, position, root) VALUES ($1, $2, $3)
     ON CONFLICT (room_nid, position) DO UPDATE SET root = excluded.root";
+const INSERT_MEMBERSHIP: &str = "INSERT INTO memberships
+    (room_nid, user_id, membership, event_nid, position, local) VALUES ($1, $2, $3, $4, $5, $6)";
 const UPSERT_MEMBERSHIP: &str = "INSERT INTO memberships
     (room_nid, user_id, membership, event_nid, position, local) VALUES ($1, $2, $3, $4, $5, $6)
     ON CONFLICT (room_nid, user_id) DO UPDATE SET membership = excluded.membership,

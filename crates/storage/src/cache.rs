@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use protocol::event_set::StateKey;
 use protocol::id::EventId;
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
@@ -15,6 +16,9 @@ const NODE_OVERHEAD: u64 = 96;
 const EVENT_OVERHEAD: u64 = 640;
 /// Numbers of events kept by id, about 150 bytes each.
 const IDS_MAX: usize = 100_000;
+
+/// Numbers of state keys kept by name, about 150 bytes each.
+const KEYS_MAX: usize = 50_000;
 
 #[derive(Clone, Debug)]
 pub struct CacheBytes {
@@ -47,6 +51,7 @@ pub struct Caches {
     pub(crate) bodies: Cache<EventNid, Body, BodyWeight>,
     pub(crate) auth: Cache<EventNid, Arc<[EventNid]>, EdgeWeight>,
     pub(crate) ids: Cache<EventId, EventNid>,
+    pub(crate) keys: Cache<(RoomNid, StateKey), KeyNid>,
 }
 
 impl Caches {
@@ -61,6 +66,7 @@ impl Caches {
             bodies: Cache::with_weighter(items(bytes.events, 2000), bytes.events, BodyWeight),
             auth: Cache::with_weighter(items(bytes.auth_edges, 64), bytes.auth_edges, EdgeWeight),
             ids: Cache::new(IDS_MAX),
+            keys: Cache::new(KEYS_MAX),
         }
     }
 }

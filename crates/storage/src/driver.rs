@@ -402,6 +402,8 @@ impl dyn Conn + '_ {
 pub(crate) trait Job: Send {
     /// Runs the closure once. The engine may run it again after a rollback.
     fn run(&mut self, conn: &mut dyn Conn) -> Result<()>;
+    /// Whether it only reads.
+    fn reads(&self) -> bool;
     /// Called once, after the commit (`Ok`) or the last rollback (`Err`).
     fn finish(self: Box<Self>, outcome: Result<()>);
 }

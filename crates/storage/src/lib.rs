@@ -126,7 +126,7 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
     {
-        let (job, answer) = self.job(f).await?;
+        let (job, answer) = self.job(f, true).await?;
         self.inner.engine.submit_read(job);
         answer.await.map_err(|_| Error::Closed)?
     }
@@ -138,12 +138,16 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
     {
-        let (job, answer) = self.job(f).await?;
+        let (job, answer) = self.job(f, false).await?;
         self.inner.engine.submit_write(job);
         answer.await.map_err(|_| Error::Closed)?
     }
 
-    async fn job<T, F>(&self, f: F) -> Result<(Box<dyn Job>, oneshot::Receiver<Result<T>>)>
+    async fn job<T, F>(
+        &self,
+        f: F,
+        reads: bool,
+    ) -> Result<(Box<dyn Job>, oneshot::Receiver<Result<T>>)>
     where
         T: Send + 'static,
         F: FnMut(&mut dyn Conn) -> Result<T> + Send + 'static,
@@ -156,6 +160,7 @@ impl Store {
         let job = Closure {
             f,
             value: None,
+            reads,
             reply,
             _permit: permit,
         };
@@ -188,6 +193,7 @@ fn open_engine(
 struct Closure<T, F> {
     f: F,
     value: Option<T>,
+    reads: bool,
     reply: oneshot::Sender<Result<T>>,
     _permit: OwnedSemaphorePermit,
 }
@@ -201,6 +207,10 @@ where
         self.value = None;
         self.value = Some((self.f)(conn)?);
         Ok(())
+    }
+
+    fn reads(&self) -> bool {
+        self.reads
     }
 
     fn finish(self: Box<Self>, outcome: Result<()>) {

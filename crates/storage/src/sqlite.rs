@@ -37,10 +37,10 @@ impl Sqlite {
         let writer = connect(path, true)?;
         let (writes, write_queue) = unbounded();
         let (reads, read_queue) = unbounded::<Box<dyn Job>>();
-        // In memory all reads run on the writer's connection, so that one fills the caches.
+        // What a reader meets on the writer's connection (in memory, all do) is committed with it.
         let cached = Cached {
             caches: Arc::clone(caches),
-            fill: in_memory,
+            fill: false,
         };
         let mut threads = vec![spawn("sqlite-writer", move || {
             write_loop(&writer, &write_queue, &cached);
@@ -199,6 +199,10 @@ fn run_in_savepoint(connection: &Connection, job: &mut dyn Job, cached: &Cached)
     connection
         .execute_batch("SAVEPOINT job")
         .map_err(translate)?;
+    let cached = &Cached {
+        fill: job.reads(),
+        ..cached.clone()
+    };
     let outcome = run_caught(job, &mut SqliteConn { connection, cached });
     let end = if outcome.is_ok() {
         "RELEASE job"

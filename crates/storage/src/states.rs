@@ -1,8 +1,9 @@
 //! States in the store: the nodes of StateMaps, each written once and shared by all states that contain it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use protocol::event_set::StateKey;
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::state::{BadNode, Node, StateMap};
 
@@ -14,6 +15,9 @@ pub(crate) const EMPTY: i64 = 0;
 
 /// Nodes asked for in one statement.
 const BATCH: usize = 4000;
+
+/// Up to here state keys are looked up one after another: a plan for a list can go wrong, this can't.
+const KEYS_ONE_BY_ONE: usize = 8;
 
 impl From<BadNode> for Error {
     fn from(bad: BadNode) -> Self {
@@ -219,12 +223,8 @@ const KEYS_OF_KIND: &str =
     "SELECT key_nid, state_key FROM state_keys WHERE room_nid = $1 AND kind = $2";
 const KEY_NAMES: &str = "SELECT key_nid, kind, state_key FROM state_keys
     WHERE room_nid = $1 AND key_nid IN (SELECT value FROM rarray($2))";
-/// Every pair of one of these kinds and one of these state keys.
-const KEYS: &str = "SELECT kind, state_key, key_nid FROM state_keys WHERE room_nid = $1
-    AND kind IN (SELECT value FROM rarray_text($2))
+const KEYS: &str = "SELECT state_key, key_nid FROM state_keys WHERE room_nid = $1 AND kind = $2
     AND state_key IN (SELECT value FROM rarray_text($3))";
-
-pub type StateKey = (Arc<str>, Arc<str>);
 
 /// The number of a state key, if this room has ever used it.
 pub fn key(c: &mut dyn Conn, room: RoomNid, kind: &str, state_key: &str) -> Result<Option<KeyNid>> {
@@ -237,37 +237,46 @@ pub fn keys(
     room: RoomNid,
     wanted: &[StateKey],
 ) -> Result<BTreeMap<StateKey, KeyNid>> {
-    let mut by_kind: BTreeMap<Arc<str>, Vec<Arc<str>>> = BTreeMap::new();
-    for (kind, state_key) in wanted {
-        by_kind
-            .entry(Arc::clone(kind))
-            .or_default()
-            .push(Arc::clone(state_key));
-    }
-    // Most kinds come with the empty key alone: one statement for all of these.
-    let mut lone: Vec<Arc<str>> = Vec::new();
+    let cached = c.cached();
     let mut found = BTreeMap::new();
-    let mut ask = |c: &mut dyn Conn, kinds: &Vec<Arc<str>>, state_keys: &Vec<Arc<str>>| {
-        c.query(
-            KEYS,
-            &[&room, &crate::texts(kinds), &crate::texts(state_keys)],
-            &mut |row| {
-                found.insert((row.shared(0)?, row.shared(1)?), row.key_nid(2)?);
-                Ok(())
-            },
-        )
-    };
-    for (kind, mut state_keys) in by_kind {
-        state_keys.sort_unstable();
-        state_keys.dedup();
-        if state_keys.len() == 1 && state_keys[0].is_empty() {
-            lone.push(kind);
-        } else {
-            ask(c, &vec![kind], &state_keys)?;
+    let mut missing: BTreeMap<&Arc<str>, BTreeSet<&Arc<str>>> = BTreeMap::new();
+    for name in wanted {
+        match cached.caches.keys.get(&(room, name.clone())) {
+            Some(key) => {
+                found.insert(name.clone(), key);
+            }
+            None => {
+                missing.entry(&name.0).or_default().insert(&name.1);
+            }
         }
     }
-    if !lone.is_empty() {
-        ask(c, &lone, &vec!["".into()])?;
+    for (kind, state_keys) in missing {
+        let state_keys: Vec<&Arc<str>> = state_keys.into_iter().collect();
+        let mut keep = |state_key: Arc<str>, key: KeyNid| {
+            let name = (Arc::clone(kind), state_key);
+            if cached.fill {
+                cached.caches.keys.insert((room, name.clone()), key);
+            }
+            found.insert(name, key);
+        };
+        if state_keys.len() <= KEYS_ONE_BY_ONE {
+            for state_key in state_keys {
+                if let Some(number) = key(c, room, kind, state_key)? {
+                    keep(Arc::clone(state_key), number);
+                }
+            }
+            continue;
+        }
+        for batch in state_keys.chunks(BATCH) {
+            c.query(
+                KEYS,
+                &[&room, kind, &crate::texts(&batch.to_vec())],
+                &mut |row| {
+                    keep(row.shared(0)?, row.key_nid(1)?);
+                    Ok(())
+                },
+            )?;
+        }
     }
     Ok(found)
 }
