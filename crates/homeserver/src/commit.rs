@@ -1,11 +1,12 @@
 //! One commit of a room, and who is to be woken by it.
 
-use protocol::id::RoomId;
+use protocol::id::{RoomId, UserId};
 use room::effect::Stale;
 use room::write::{PartialChange, WriteSet};
 use storage::apply::{self, Applied};
 
 use crate::Homeserver;
+use crate::error::Result;
 use crate::notifier::Topic;
 
 impl Homeserver {
@@ -13,6 +14,9 @@ impl Homeserver {
     pub(crate) async fn commit(&self, writes: WriteSet) -> storage::Result<Result<(), Stale>> {
         let room = writes.room.clone();
         let clears = matches!(writes.partial, PartialChange::Clear | PartialChange::Free);
+        if let Err(error) = self.before_completion(&writes).await {
+            tracing::error!(%room, %error, "device lists for servers that were left out are not sent");
+        }
         let applied = match apply::apply(self.store(), writes).await? {
             Ok(applied) => applied,
             Err(stale) => return Ok(Err(stale)),
@@ -32,6 +36,9 @@ impl Homeserver {
         } else if moved(&applied) || clears {
             self.notifier().wake_room(&room);
         }
+        if applied.room.is_some() && !clears {
+            self.introduce_devices(&room, &applied);
+        }
         if applied.became_full.is_some() {
             self.tasks().room_is_full(&room, &applied);
         }
@@ -50,6 +57,49 @@ impl Homeserver {
             }
             hs.notifier().wake_room(&room);
         });
+    }
+}
+
+impl Homeserver {
+    /// J-79: servers that meet one of our users for the first time hear of their devices. Not while the
+    /// room is partial: the first real change brings those up to date.
+    fn introduce_devices(&self, room: &RoomId, applied: &Applied) {
+        let joined: Vec<_> = applied
+            .memberships
+            .iter()
+            .filter(|change| change.local && change.after.as_deref() == Some("join"))
+            .filter(|change| change.before.as_deref() != Some("join"))
+            .map(|change| change.user.clone())
+            .collect();
+        if joined.is_empty() {
+            return;
+        }
+        let (hs, room) = (self.clone(), room.clone());
+        self.tracker().spawn(async move {
+            let full =
+                matches!(hs.rooms().head(&room).await, Ok(Some(head)) if head.partial.is_none());
+            if !full {
+                return;
+            }
+            for user in joined {
+                if let Err(error) = hs.introduce(&room, &user).await {
+                    tracing::warn!(%room, %user, %error, "devices were not introduced");
+                }
+            }
+        });
+    }
+
+    async fn introduce(&self, room: &RoomId, user: &UserId) -> Result<()> {
+        let (asked, who) = (room.clone(), user.clone());
+        let strangers = self
+            .store()
+            .read(move |c| match storage::rooms::by_id(c, &asked)? {
+                Some(row) => storage::devices::newly_met(c, row.nid, &who),
+                None => Ok(Vec::new()),
+            })
+            .await?;
+        self.catch_up_device_lists(strangers, vec![user.clone()], 0)
+            .await
     }
 }
 

@@ -12,6 +12,7 @@ mod boot;
 mod checks;
 pub mod clock;
 mod commit;
+mod completion;
 pub mod config;
 pub mod cross_signing;
 pub mod device_keys;

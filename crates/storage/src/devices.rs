@@ -216,6 +216,16 @@ pub fn is_tracked(c: &mut dyn Conn, user: &UserId) -> Result<bool> {
     c.exists(TRACKED, &[user])
 }
 
+const NEWLY_MET: &str = "SELECT h.server FROM room_hosts h WHERE h.room_nid = $1 AND NOT EXISTS (
+        SELECT 1 FROM memberships m JOIN room_hosts o ON o.room_nid = m.room_nid
+        WHERE m.user_id = $2 AND m.membership = 'join' AND m.room_nid <> $1 AND o.server = h.server)
+    ORDER BY h.server";
+
+/// The servers in this room that share no other room with the user.
+pub fn newly_met(c: &mut dyn Conn, room: RoomNid, user: &UserId) -> Result<Vec<ServerName>> {
+    c.query_all(NEWLY_MET, &[&room, user], |row| row.id(0))
+}
+
 pub fn any_partial_room(c: &mut dyn Conn) -> Result<bool> {
     c.exists(ANY_PARTIAL, &[])
 }
