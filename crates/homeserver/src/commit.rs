@@ -11,7 +11,10 @@ use crate::notifier::Topic;
 
 impl Homeserver {
     /// Applies a write set and wakes whom it concerns.
-    pub(crate) async fn commit(&self, writes: WriteSet) -> storage::Result<Result<(), Stale>> {
+    pub(crate) async fn commit(
+        &self,
+        writes: WriteSet,
+    ) -> storage::Result<std::result::Result<(), Stale>> {
         let room = writes.room.clone();
         let clears = matches!(writes.partial, PartialChange::Clear | PartialChange::Free);
         if let Err(error) = self.before_completion(&writes).await {
