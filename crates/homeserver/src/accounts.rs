@@ -569,14 +569,6 @@ impl Homeserver {
             .await?)
     }
 
-    /// Lets people register with this token, as often as they like.
-    pub async fn allow_registration_token(&self, token: String) -> Result<()> {
-        Ok(self
-            .store()
-            .write(move |c| table::put_registration_token(c, &token, None, None))
-            .await?)
-    }
-
     /// Whom a login or UIA body names: `identifier`, or the older `user`. Not looked up.
     pub(crate) fn user_of_identifier(&self, body: &Value) -> Result<Option<UserId>> {
         let name = match &body["identifier"] {

@@ -24,6 +24,8 @@ impl Homeserver {
         self.outgoing().resume().await?;
         self.resume_incoming().await?;
         self.tasks().resume().await?;
+        self.resume_pushing().await?;
+        self.watch_presence();
         Ok(())
     }
 

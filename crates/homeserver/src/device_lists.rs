@@ -102,12 +102,12 @@ impl Homeserver {
         }
     }
 
-    /// A room became full: servers that the join list did not have are sent what our members' devices did
-    /// since the join (P-51, P-52).
-    pub async fn catch_up_device_lists(
+    /// Servers that had no part in what these users of ours told of their devices are sent what changed
+    /// since a position of the stream (P-51, P-52).
+    pub(crate) async fn catch_up_device_lists(
         &self,
         servers: Vec<ServerName>,
-        members: Vec<UserId>,
+        users: Vec<UserId>,
         since: i64,
     ) -> Result<()> {
         let own = &self.config().server_name;
@@ -118,7 +118,7 @@ impl Homeserver {
         let to = servers.clone();
         self.store()
             .write(move |c| {
-                for user in &members {
+                for user in &users {
                     for (device, position) in table::changes_of(c, user, since)? {
                         if device.is_empty() {
                             continue;

@@ -246,7 +246,8 @@ impl Homeserver {
             Edu::DeviceListUpdate(update) => self.on_device_list_update(origin, update).await,
             Edu::SigningKeyUpdate(update) => self.on_signing_key_update(origin, update).await,
             Edu::DirectToDevice(message) => self.on_direct_to_device(origin, message).await,
-            Edu::Typing(_) | Edu::Receipts(_) | Edu::Presence(_) => Ok(()),
+            Edu::Presence(updates) => self.on_presence(origin, updates).await,
+            Edu::Typing(_) | Edu::Receipts(_) => Ok(()),
         }
     }
 }

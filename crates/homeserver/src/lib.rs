@@ -31,6 +31,7 @@ mod outbound;
 pub mod outgoing;
 pub mod outside;
 mod passwords;
+pub mod presence;
 pub mod previews;
 pub mod profiles;
 pub mod push;
@@ -97,6 +98,7 @@ struct Inner {
     outbound: outbound::Outbound,
     media: media::State,
     previews: previews::Previews,
+    presence: presence::Watch,
 }
 
 impl Homeserver {
@@ -151,6 +153,7 @@ impl Homeserver {
                 outbound,
                 media: media::State::default(),
                 previews: previews::Previews::default(),
+                presence: presence::Watch::default(),
             }),
         }
     }

@@ -9,6 +9,7 @@ mod devices;
 mod filter;
 mod keys;
 mod login;
+mod presence;
 mod profile;
 mod push_rules;
 pub mod register;
@@ -32,6 +33,7 @@ pub fn routes() -> Router<Homeserver> {
         .merge(filter::routes())
         .merge(keys::routes())
         .merge(login::routes())
+        .merge(presence::routes())
         .merge(profile::routes())
         .merge(push_rules::routes())
         .merge(register::routes())
