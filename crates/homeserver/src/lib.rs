@@ -10,22 +10,29 @@ pub mod appservice;
 pub mod backup;
 mod boot;
 mod checks;
+pub mod client_event;
 pub mod clock;
 mod commit;
 mod completion;
 pub mod config;
+pub mod create_room;
 pub mod cross_signing;
 pub mod device_keys;
 pub mod device_lists;
 pub mod devices;
+pub mod directory;
 mod drive;
 pub mod error;
 pub mod federation_reads;
+pub mod full_state;
+mod ignored;
 pub mod incoming;
 pub mod jobs;
 pub mod key_query;
 pub mod limits;
 pub mod media;
+pub mod membership;
+pub mod messages;
 pub mod notifier;
 mod outbound;
 pub mod outgoing;
@@ -36,14 +43,27 @@ pub mod previews;
 pub mod profiles;
 pub mod push;
 pub mod push_rules;
+pub mod receipts;
+pub mod relations;
+pub mod report;
 pub mod resident;
+pub mod room_state;
+pub mod room_summary;
+pub mod room_view;
 pub mod rooms;
+pub mod search;
+pub mod send;
 pub mod server_keys;
 pub mod shared_secret;
+pub mod sync;
 pub mod tasks;
 pub mod thumbnails;
 pub mod to_device;
+pub mod typing;
 pub mod uia;
+pub mod upgrade;
+pub mod user_directory;
+pub mod visibility;
 
 use std::sync::Arc;
 
@@ -92,6 +112,9 @@ struct Inner {
     board: jobs::Board,
     handshakes: rooms::Handshakes,
     running: tasks::Running,
+    typing: Arc<typing::Typing>,
+    transactions: send::Transactions,
+    sync: sync::Memory,
     workers: incoming::Workers,
     fetches: key_query::Fetches,
     push: push::State,
@@ -147,6 +170,9 @@ impl Homeserver {
                 board: jobs::Board::default(),
                 handshakes: rooms::Handshakes::default(),
                 running: tasks::Running::default(),
+                typing: Arc::default(),
+                transactions: send::Transactions::default(),
+                sync: sync::Memory::default(),
                 workers: incoming::Workers::default(),
                 fetches: key_query::Fetches::default(),
                 push: push::State::default(),
@@ -228,5 +254,18 @@ impl Homeserver {
 
     pub(crate) fn workers(&self) -> &incoming::Workers {
         &self.inner.workers
+    }
+
+    /// Who is typing.
+    pub fn typing(&self) -> &Arc<typing::Typing> {
+        &self.inner.typing
+    }
+
+    pub(crate) fn transactions(&self) -> &send::Transactions {
+        &self.inner.transactions
+    }
+
+    pub(crate) fn sync_memory(&self) -> &sync::Memory {
+        &self.inner.sync
     }
 }

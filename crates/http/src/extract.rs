@@ -35,6 +35,14 @@ pub struct Authed {
 }
 
 impl Authed {
+    /// Who reads a room.
+    pub fn reader(&self) -> homeserver::room_view::Reader {
+        homeserver::room_view::Reader {
+            user: self.user.clone(),
+            device: self.device.clone(),
+        }
+    }
+
     /// The device, for what makes sense only with one.
     pub fn device(&self) -> Result<&str> {
         self.device

@@ -41,6 +41,7 @@ pub mod streams;
 pub mod sync_reads;
 pub mod timeline;
 pub mod to_device;
+pub mod user_directory;
 
 use std::sync::Arc;
 

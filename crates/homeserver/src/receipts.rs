@@ -1,0 +1,220 @@
+//! Read receipts and the fully-read marker.
+//!
+//! <https://spec.matrix.org/v1.18/client-server-api/#receipts>
+
+use protocol::id::{EventId, RoomId, UserId};
+use serde_json::{Map, Value, json};
+use storage::receipts::Receipt;
+
+use crate::Homeserver;
+use crate::error::{MatrixError, Result};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    Read,
+    ReadPrivate,
+    FullyRead,
+}
+
+/// A local user has read up to an event (C-6: at once, also in a partial room).
+pub async fn set(
+    homeserver: &Homeserver,
+    user: &UserId,
+    room: &RoomId,
+    mark: Mark,
+    event: &EventId,
+    thread: Option<String>,
+) -> Result<()> {
+    if thread.as_deref() == Some("") {
+        return Err(MatrixError::invalid_param("thread_id may not be empty"));
+    }
+    if thread.is_some() && mark == Mark::FullyRead {
+        return Err(MatrixError::invalid_param(
+            "The fully-read marker has no thread",
+        ));
+    }
+    if !crate::membership::is_joined(homeserver, room, user).await? {
+        return Err(MatrixError::forbidden("You are not in this room"));
+    }
+    let kind = match mark {
+        Mark::FullyRead => {
+            let content = json!({ "event_id": event });
+            return homeserver
+                .write_account_data(user, Some(room), "m.fully_read", content.to_string())
+                .await;
+        }
+        Mark::Read => "m.read",
+        Mark::ReadPrivate => "m.read.private",
+    };
+    let receipt = Receipt {
+        room: room.clone(),
+        user: user.clone(),
+        kind: kind.to_owned(),
+        thread,
+        event: event.clone(),
+        ts: homeserver.clock().unix_ms(),
+    };
+    store(homeserver, receipt.clone()).await?;
+    if mark == Mark::Read {
+        let content = json!({ room.as_str(): { "m.read": { user.as_str(): {
+            "data": data(&receipt), "event_ids": [event],
+        }}}});
+        homeserver
+            .outgoing()
+            .edu_to_room(room, "m.receipt", content)
+            .await;
+    }
+    Ok(())
+}
+
+/// Takes an `m.receipt` EDU. The caller has checked nothing but the origin's signature.
+pub async fn take_edu(
+    homeserver: &Homeserver,
+    origin: &protocol::id::ServerName,
+    content: &Map<String, Value>,
+) -> Result<()> {
+    for receipt in read_edu(origin, content) {
+        store(homeserver, receipt).await?;
+    }
+    Ok(())
+}
+
+/// Receipts in one EDU beyond this many are dropped.
+const EDU_RECEIPTS_MAX: usize = 1000;
+
+/// P-63: users of the origin only; the event need not be known.
+fn read_edu(origin: &protocol::id::ServerName, content: &Map<String, Value>) -> Vec<Receipt> {
+    let mut receipts = Vec::new();
+    for (room, kinds) in content {
+        let Ok(room) = RoomId::parse(room) else {
+            continue;
+        };
+        let Some(users) = kinds.get("m.read").and_then(Value::as_object) else {
+            continue;
+        };
+        for (user, receipt) in users {
+            let Ok(user) = UserId::parse(user) else {
+                continue;
+            };
+            let event = receipt
+                .get("event_ids")
+                .and_then(|ids| ids.get(0))
+                .and_then(Value::as_str)
+                .and_then(|id| EventId::parse(id).ok());
+            let Some(event) = event.filter(|_| user.server_str() == origin.as_str()) else {
+                continue;
+            };
+            let data = receipt.get("data");
+            let thread = data
+                .and_then(|data| data.get("thread_id"))
+                .and_then(Value::as_str);
+            let ts = data.and_then(|data| data.get("ts")).and_then(Value::as_i64);
+            receipts.push(Receipt {
+                room: room.clone(),
+                user,
+                kind: "m.read".to_owned(),
+                thread: thread.map(str::to_owned),
+                event,
+                ts: ts.unwrap_or(0),
+            });
+            if receipts.len() >= EDU_RECEIPTS_MAX {
+                return receipts;
+            }
+        }
+    }
+    receipts
+}
+
+async fn store(homeserver: &Homeserver, receipt: Receipt) -> Result<()> {
+    let room = receipt.room.clone();
+    homeserver
+        .store()
+        .write(move |c| storage::receipts::put(c, &receipt))
+        .await?;
+    homeserver.notifier().wake_room(&room);
+    Ok(())
+}
+
+fn data(receipt: &Receipt) -> Value {
+    let mut data = json!({ "ts": receipt.ts });
+    if let Some(thread) = &receipt.thread {
+        data["thread_id"] = Value::from(thread.as_str());
+    }
+    data
+}
+
+/// The `m.receipt` event that shows these to a user; others' private receipts are left out.
+///
+/// One user's threaded and unthreaded receipt for the same event cannot both be shown: the unthreaded one
+/// is, since it says more (MSC4102).
+pub fn client_event(receipts: &[Receipt], reader: &UserId) -> Option<Value> {
+    let mut content = Map::new();
+    for receipt in receipts {
+        if receipt.kind == "m.read.private" && receipt.user != *reader {
+            continue;
+        }
+        let users = content
+            .entry(receipt.event.to_string())
+            .or_insert_with(|| json!({}))
+            .as_object_mut()?
+            .entry(receipt.kind.clone())
+            .or_insert_with(|| json!({}))
+            .as_object_mut()?;
+        let unthreaded = users
+            .get(receipt.user.as_str())
+            .is_some_and(|data| data.get("thread_id").is_none());
+        if !unthreaded {
+            users.insert(receipt.user.to_string(), data(receipt));
+        }
+    }
+    (!content.is_empty()).then(|| json!({ "type": "m.receipt", "content": content }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receipt(user: &str, kind: &str, thread: Option<&str>) -> Receipt {
+        Receipt {
+            room: RoomId::parse("!r:x").unwrap(),
+            user: UserId::parse(user).unwrap(),
+            kind: kind.to_owned(),
+            thread: thread.map(str::to_owned),
+            event: EventId::parse("$e").unwrap(),
+            ts: 1,
+        }
+    }
+
+    #[test]
+    fn an_unthreaded_receipt_hides_the_threaded_one_of_the_same_event() {
+        let reader = UserId::parse("@me:x").unwrap();
+        for order in [[None, Some("$t")], [Some("$t"), None]] {
+            let receipts = order.map(|thread| receipt("@a:x", "m.read", thread));
+            let event = client_event(&receipts, &reader).unwrap();
+            assert_eq!(event["content"]["$e"]["m.read"]["@a:x"], json!({"ts": 1}));
+        }
+    }
+
+    #[test]
+    fn private_receipts_are_shown_to_their_owner_only() {
+        let receipts = [receipt("@a:x", "m.read.private", None)];
+        let show = |who: &str| client_event(&receipts, &UserId::parse(who).unwrap());
+        assert!(show("@a:x").is_some());
+        assert!(show("@b:x").is_none());
+    }
+
+    #[test]
+    fn receipts_of_other_servers_users_are_dropped() {
+        let origin = protocol::id::ServerName::parse("x").unwrap();
+        let Value::Object(content) = json!({"!r:x": {"m.read": {
+            "@a:x": {"event_ids": ["$e"], "data": {"ts": 1}},
+            "@a:y": {"event_ids": ["$e"], "data": {"ts": 1}},
+        }}}) else {
+            unreachable!()
+        };
+        assert_eq!(
+            read_edu(&origin, &content),
+            [receipt("@a:x", "m.read", None)]
+        );
+    }
+}
