@@ -53,7 +53,7 @@ pub fn describe(c: &mut dyn Conn, room: &RoomId) -> storage::Result<Option<Descr
     }
     let state = view.room.state.clone();
     let mut body = Map::new();
-    let mut text = |view: &mut RoomView<'_>, kind: &str, key: &str| {
+    let text = |view: &mut RoomView<'_>, kind: &str, key: &str| {
         let event = view.state_event(&state, kind, "")?;
         let value = event.and_then(|event| event.content_get_str(key).map(|t| t.into_owned()));
         Ok::<_, storage::Error>(value.filter(|text| !text.is_empty()))

@@ -184,8 +184,7 @@ async fn look_until(homeserver: &Homeserver, ask: Ask, wait: Duration) -> Result
 
 fn topics(user: &UserId, rooms: &[RoomId]) -> Vec<Topic> {
     let rooms = rooms.iter().take(WATCHED_ROOMS_MAX);
-    [Topic::User(user.clone()), Topic::DeviceLists]
-        .into_iter()
+    std::iter::once(Topic::User(user.clone()))
         .chain(rooms.map(|room| Topic::Room(room.clone())))
         .collect()
 }
