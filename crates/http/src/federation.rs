@@ -18,6 +18,8 @@ mod signed;
 mod state;
 mod state_ids;
 mod timestamp_to_event;
+mod user_devices;
+mod user_keys;
 mod version;
 
 use axum::Router;
@@ -60,6 +62,9 @@ pub fn routes() -> Router<Homeserver> {
             &v1("timestamp_to_event/{room}"),
             get(timestamp_to_event::handle),
         )
+        .route(&v1("user/devices/{user}"), get(user_devices::handle))
+        .route(&v1("user/keys/claim"), post(user_keys::claim))
+        .route(&v1("user/keys/query"), post(user_keys::query))
         .route(&v1("version"), get(version::handle))
 }
 
