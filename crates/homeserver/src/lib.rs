@@ -57,6 +57,7 @@ pub mod server_keys;
 pub mod shared_secret;
 pub mod sync;
 pub mod tasks;
+pub mod third_party;
 pub mod thumbnails;
 pub mod to_device;
 pub mod typing;

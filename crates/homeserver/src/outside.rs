@@ -8,7 +8,8 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use room::backfill::Backfill;
 use room::effect::{Load, Loaded};
-use room::invite::{Invite, ReceivedInvite, TakeInvite};
+pub use room::invite::ReceivedInvite;
+use room::invite::{Invite, TakeInvite};
 use room::knock::{Knock, KnockRequest};
 use room::leave::{Leave, LeaveRequest, Why};
 use room::send::{self, Unsent};
@@ -105,8 +106,19 @@ impl Rooms<'_> {
         if is_direct {
             content["is_direct"] = Value::from(true);
         }
+        self.invite_with(sender, room, target, content).await
+    }
+
+    /// Invites with this content.
+    pub(crate) async fn invite_with(
+        &self,
+        sender: &UserId,
+        room: &RoomId,
+        target: &UserId,
+        content: Value,
+    ) -> Result<()> {
         let draft = send::Draft::state(sender.clone(), "m.room.member", target.as_str(), content);
-        if ours {
+        if self.hs.config().is_ours(target) {
             return self.send_all(vec![draft], room).await.map(drop);
         }
         let machine = Invite::new(

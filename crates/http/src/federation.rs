@@ -6,17 +6,20 @@ mod backfill;
 mod event;
 mod event_auth;
 mod get_missing_events;
+mod invite;
 mod make_membership;
 mod media;
 mod openid_userinfo;
 mod query_directory;
 mod query_profile;
+mod send;
 mod send_join;
 mod send_knock;
 mod send_leave;
 mod signed;
 mod state;
 mod state_ids;
+mod third_party;
 mod timestamp_to_event;
 mod user_devices;
 mod user_keys;
@@ -40,9 +43,16 @@ pub fn routes() -> Router<Homeserver> {
         .route(&v1("event/{event}"), get(event::handle))
         .route(&v1("event_auth/{room}/{event}"), get(event_auth::handle))
         .route(
+            &v1("exchange_third_party_invite/{room}"),
+            put(third_party::exchange),
+        )
+        .route(&v1("3pid/onbind"), put(third_party::onbind))
+        .route(
             &v1("get_missing_events/{room}"),
             post(get_missing_events::handle),
         )
+        .route(&v1("invite/{room}/{event}"), put(invite::v1))
+        .route(&v2("invite/{room}/{event}"), put(invite::v2))
         .route(&v1("make_join/{room}/{user}"), get(make_membership::join))
         .route(&v1("make_knock/{room}/{user}"), get(make_membership::knock))
         .route(&v1("make_leave/{room}/{user}"), get(make_membership::leave))
@@ -51,6 +61,7 @@ pub fn routes() -> Router<Homeserver> {
         .route(&v1("openid/userinfo"), get(openid_userinfo::handle))
         .route(&v1("query/directory"), get(query_directory::handle))
         .route(&v1("query/profile"), get(query_profile::handle))
+        .route(&v1("send/{txn}"), put(send::handle))
         .route(&v1("send_join/{room}/{event}"), put(send_join::v1))
         .route(&v2("send_join/{room}/{event}"), put(send_join::v2))
         .route(&v1("send_knock/{room}/{event}"), put(send_knock::handle))

@@ -42,6 +42,10 @@ impl Signed {
         parse_json(&self.body)
     }
 
+    pub fn bytes(&self) -> &[u8] {
+        &self.body
+    }
+
     pub fn text(&self) -> Result<&str> {
         std::str::from_utf8(&self.body)
             .map_err(|_| MatrixError::not_json("The body is not valid UTF-8").into())
