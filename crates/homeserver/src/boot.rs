@@ -36,4 +36,12 @@ impl Homeserver {
             .await?;
         Ok(opened.user)
     }
+
+    /// Whether the store answers.
+    pub async fn is_healthy(&self) -> bool {
+        self.store()
+            .read(|c| storage::streams::positions(c).map(drop))
+            .await
+            .is_ok()
+    }
 }

@@ -14,10 +14,13 @@ use storage::queues::{self, Job};
 use tokio::sync::broadcast;
 
 use crate::Homeserver;
+use crate::error::{MatrixError, Result};
 use crate::notifier::Topic;
 
 /// Progress lines that a slow listener may lag behind before it loses some.
 const FEED_MAX: usize = 256;
+/// Tries of one job that are shown.
+const ATTEMPTS_SHOWN: i64 = 50;
 
 #[derive(Clone)]
 pub struct Board {
@@ -118,6 +121,35 @@ impl Jobs<'_> {
             return Ok(Some(job.clone()));
         }
         self.hs.store().read(move |c| queues::job(c, number)).await
+    }
+
+    /// One job with its last tries, as the admin API shows it.
+    pub async fn describe(&self, number: i64) -> Result<Value> {
+        let job = self
+            .one(number)
+            .await?
+            .ok_or_else(|| MatrixError::not_found("There is no such join"))?;
+        let tries = self
+            .hs
+            .store()
+            .read(move |c| queues::attempts(c, number, ATTEMPTS_SHOWN))
+            .await?;
+        let tries: Vec<Value> = tries
+            .into_iter()
+            .map(|try_| json!({ "server": try_.server, "ts": try_.at_ms, "outcome": try_.outcome }))
+            .collect();
+        let mut shown = to_json(&job);
+        shown["attempts"] = tries.into();
+        Ok(shown)
+    }
+
+    /// Makes the resync behind a job try again now. `false` when none runs.
+    pub async fn retry(&self, number: i64) -> Result<bool> {
+        let job = self
+            .one(number)
+            .await?
+            .ok_or_else(|| MatrixError::not_found("There is no such join"))?;
+        Ok(self.hs.tasks().retry_resync(&job.room_id))
     }
 
     /// The job under which a room is being completed.

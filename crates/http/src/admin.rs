@@ -1,10 +1,12 @@
-//! The administration API under `/_synapse/admin`, the paths that existing tools know.
+//! The administration API: `/_synapse/admin`, the paths that existing tools know, and our own under
+//! `/_vestibule/admin`.
 
+mod joins;
 mod register;
 
 use axum::Router;
 use homeserver::Homeserver;
 
 pub fn routes() -> Router<Homeserver> {
-    register::routes()
+    register::routes().merge(joins::routes())
 }

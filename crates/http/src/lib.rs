@@ -8,6 +8,7 @@ mod client;
 mod error;
 mod extract;
 mod federation;
+mod health;
 mod key;
 mod media;
 mod well_known;
@@ -44,6 +45,7 @@ fn for_clients() -> Router<Homeserver> {
         .merge(media::routes())
         .merge(well_known::routes())
         .merge(admin::routes())
+        .merge(health::routes())
         .layer(cors())
 }
 
