@@ -26,6 +26,7 @@ impl Homeserver {
         self.tasks().resume().await?;
         self.resume_pushing().await?;
         self.watch_presence();
+        self.tell_appservices();
         Ok(())
     }
 

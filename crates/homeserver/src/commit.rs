@@ -36,6 +36,7 @@ impl Homeserver {
         }
         if applied.events.iter().any(|placed| placed.position > 0) {
             self.count_then_wake(&room);
+            self.notifier().wake(&Topic::Events);
         } else if moved(&applied) || clears {
             self.notifier().wake_room(&room);
         }

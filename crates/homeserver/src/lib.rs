@@ -7,6 +7,7 @@
 pub mod account_data;
 pub mod accounts;
 pub mod appservice;
+mod appservice_queue;
 pub mod backup;
 mod boot;
 mod checks;
@@ -123,6 +124,7 @@ struct Inner {
     media: media::State,
     previews: previews::Previews,
     presence: presence::Watch,
+    appservice_client: reqwest::Client,
 }
 
 impl Homeserver {
@@ -181,6 +183,7 @@ impl Homeserver {
                 media: media::State::default(),
                 previews: previews::Previews::default(),
                 presence: presence::Watch::default(),
+                appservice_client: reqwest::Client::new(),
             }),
         }
     }

@@ -20,6 +20,8 @@ pub enum Topic {
     Destination(ServerName),
     /// Some join job moved.
     Jobs,
+    /// Events of any room: for who follows all of them.
+    Events,
     /// The content of this media id of ours.
     Media(String),
 }

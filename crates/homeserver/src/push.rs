@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use protocol::id::{RoomId, UserId};
+use protocol::id::{EventId, RoomId, UserId};
 use protocol::pdu::Pdu;
 use ruma_common::power_levels::NotificationPowerLevels;
 use ruma_common::push::{PushConditionPowerLevelsCtx, PushConditionRoomCtx, Ruleset};
@@ -103,13 +103,24 @@ impl Homeserver {
         }
     }
 
-    /// The user has read everything in the room up to this position of the events stream.
-    pub async fn forget_pushes(&self, user: &UserId, room: &RoomId, position: i64) -> Result<()> {
-        let (user, room) = (user.clone(), room.as_str().to_owned());
-        Ok(self
-            .store()
-            .write(move |c| table::drop_up_to(c, &user, &room, position))
-            .await?)
+    /// The user has read everything in the room up to this event.
+    pub(crate) async fn forget_pushes(
+        &self,
+        user: &UserId,
+        room: &RoomId,
+        event: &EventId,
+    ) -> Result<()> {
+        let (user, room, event) = (user.clone(), room.clone(), event.clone());
+        let forgotten = self.store().write(move |c| {
+            let Some(row) = timeline::room(c, &room)? else {
+                return Ok(());
+            };
+            match timeline::by_id(c, row.nid, &event)? {
+                Some(event) => table::drop_up_to(c, &user, room.as_str(), event.stream),
+                None => Ok(()),
+            }
+        });
+        Ok(forgotten.await?)
     }
 
     pub async fn pushers(&self, user: &UserId) -> Result<Vec<Value>> {
@@ -354,7 +365,7 @@ const SHOWN: [&str; 8] = [
 fn event_of(c: &mut dyn Conn, action: &Action) -> storage::Result<Option<Arc<Pdu>>> {
     let (Ok(room), Ok(id)) = (
         RoomId::parse(&action.room_id),
-        protocol::id::EventId::parse(&action.event_id),
+        EventId::parse(&action.event_id),
     ) else {
         return Ok(None);
     };

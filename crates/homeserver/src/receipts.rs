@@ -55,6 +55,9 @@ pub async fn set(
         ts: homeserver.clock().unix_ms(),
     };
     store(homeserver, receipt.clone()).await?;
+    if receipt.thread.is_none() {
+        homeserver.forget_pushes(user, room, event).await?;
+    }
     if mark == Mark::Read {
         let content = json!({ room.as_str(): { "m.read": { user.as_str(): {
             "data": data(&receipt), "event_ids": [event],

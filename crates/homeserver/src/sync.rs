@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use protocol::id::{RoomId, UserId};
 use protocol::nid::EventNid;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::Homeserver;
 use crate::error::{MatrixError, Result};
@@ -31,6 +31,9 @@ use token::SyncToken;
 const TIMEOUT_MAX: Duration = Duration::from_secs(120);
 /// Rooms whose changes end a wait. In a user with more, the rest is seen at the next look.
 const WATCHED_ROOMS_MAX: usize = 5_000;
+
+/// A client that knows of partial rooms.
+const LAZY: &str = r#"{"room": {"state": {"lazy_load_members": true}}}"#;
 
 /// A request as it came.
 #[derive(Clone, Debug, Default)]
@@ -107,6 +110,24 @@ pub async fn sync(homeserver: &Homeserver, reader: &Reader, asked: SyncAsked) ->
     let mut body = built.body;
     body.insert("next_batch".to_owned(), Value::from(built.next.to_string()));
     Ok(Value::Object(body))
+}
+
+/// `GET /keys/changes`: whose devices changed since a sync token, and who is out of sight since. It looks as
+/// /sync would, in partial rooms too.
+pub async fn key_changes(homeserver: &Homeserver, reader: &Reader, from: &str) -> Result<Value> {
+    let since = SyncToken::parse(from)
+        .ok_or_else(|| MatrixError::invalid_param("from is no token of this server"))?;
+    let ask = Ask {
+        reader: reader.clone(),
+        since: Some(since),
+        filter: Filter::parse(LAZY)?,
+        full_state: false,
+        use_state_after: false,
+        now_ms: homeserver.clock().unix_ms(),
+    };
+    let mut built = look(homeserver, &Arc::new(ask)).await?;
+    let lists = built.body.remove("device_lists");
+    Ok(lists.unwrap_or_else(|| json!({ "changed": [], "left": [] })))
 }
 
 async fn read_filter(

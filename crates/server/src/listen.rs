@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use axum::Router;
+use axum::extract::ConnectInfo;
+use axum::middleware::AddExtension;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
@@ -17,6 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::Layer as _;
 
 /// A peer that has not finished its TLS handshake by then is dropped.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -47,8 +50,8 @@ pub async fn serve(
                 accepted = listener.accept() => accepted,
                 () = stop.cancelled() => return,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, peer) = match accepted {
+                Ok((stream, peer)) => (stream, peer),
                 Err(error) => {
                     // Out of file descriptors, most likely: let some connections end.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -56,9 +59,11 @@ pub async fn serve(
                     continue;
                 }
             };
-            let (tls, router, stop) = (tls.clone(), router.clone(), stop.clone());
+            let (tls, stop) = (tls.clone(), stop.clone());
+            // Rate limits ask where a request comes from.
+            let service = Extension(ConnectInfo(peer)).layer(router.clone());
             tracker.spawn(async move {
-                connection(stream, tls, router, stop).await;
+                connection(stream, tls, service, stop).await;
                 drop(slot);
             });
         }
@@ -69,7 +74,7 @@ pub async fn serve(
 async fn connection(
     stream: TcpStream,
     tls: Option<TlsAcceptor>,
-    router: Router,
+    service: AddExtension<Router, ConnectInfo<SocketAddr>>,
     stop: CancellationToken,
 ) {
     let _ = stream.set_nodelay(true);
@@ -78,7 +83,7 @@ async fn connection(
         .http1()
         .timer(hyper_util::rt::TokioTimer::new())
         .header_read_timeout(HEAD_MAX);
-    let service = TowerToHyperService::new(router);
+    let service = TowerToHyperService::new(service);
     let served = match tls {
         None => {
             let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);

@@ -229,9 +229,10 @@ async fn open(settings: &Settings) -> anyhow::Result<Homeserver> {
 
 /// What can be checked without touching the disk's data.
 fn prepare(settings: &Settings) -> anyhow::Result<(Config, HyperTransport, Appservices)> {
-    let config = config_of(settings)?;
+    let mut config = config_of(settings)?;
     let ip_ranges = IpRanges::public_and(&settings.federation.allow_ip_ranges)
         .context("federation.allow_ip_ranges")?;
+    config.outbound_ip_ranges = ip_ranges.clone();
     let transport = HyperTransport::new(&TransportOptions {
         verify_tls: settings.federation.verify_tls,
         extra_ca_files: settings.federation.extra_ca.iter().cloned().collect(),

@@ -7,6 +7,7 @@
 
 pub mod account_data;
 pub mod accounts;
+pub mod appservices;
 pub mod apply;
 pub mod backup;
 mod cache;

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::routing::post;
+use axum::routing::{get, post};
 use homeserver::Homeserver;
+use homeserver::error::MatrixError;
 use homeserver::key_query::Wanted;
 use protocol::id::UserId;
 use serde::Deserialize;
@@ -16,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::account::prove;
 use crate::error::Result;
-use crate::extract::{Authed, Json, Member, OptionalJson, Path};
+use crate::extract::{Authed, Json, Member, OptionalJson, Path, QueryPairs};
 
 pub fn routes() -> Router<Homeserver> {
     Router::new()
@@ -24,6 +25,7 @@ pub fn routes() -> Router<Homeserver> {
         .route("/keys/upload/{device}", post(upload_for))
         .route("/keys/query", post(query))
         .route("/keys/claim", post(claim))
+        .route("/keys/changes", get(changes))
         .route("/keys/device_signing/upload", post(upload_signing_keys))
         .route("/keys/signatures/upload", post(upload_signatures))
 }
@@ -83,6 +85,18 @@ async fn claim(
     Ok(Json(
         homeserver.claim_keys(body.one_time_keys, timeout).await?,
     ))
+}
+
+async fn changes(
+    State(homeserver): State<Homeserver>,
+    caller: Authed,
+    query: QueryPairs,
+) -> Result<Json<Value>> {
+    let from = query
+        .first("from")
+        .ok_or_else(|| MatrixError::missing_param("from is missing"))?;
+    let changes = homeserver::sync::key_changes(&homeserver, &caller.reader(), from).await?;
+    Ok(Json(changes))
 }
 
 async fn upload_signing_keys(

@@ -23,6 +23,7 @@ struct Since {
     since: Option<String>,
     #[serde(default)]
     full_state: bool,
+    set_presence: Option<String>,
     timeout: Option<u64>,
     #[serde(default, alias = "org.matrix.msc4222.use_state_after")]
     use_state_after: bool,
@@ -33,6 +34,9 @@ async fn sync(
     caller: Authed,
     Query(since): Query<Since>,
 ) -> Result<Json<Value>> {
+    homeserver
+        .presence_of_sync(&caller.user, since.set_presence.as_deref())
+        .await?;
     let asked = SyncAsked {
         filter: since.filter,
         since: since.since,
