@@ -7,4 +7,5 @@
 pub mod chance;
 pub mod fixture;
 pub mod machine;
+pub mod room;
 pub mod store;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use simulation::fixture::Fixture;
-use simulation::machine;
+use simulation::{machine, room};
 
 const SEEDS: u64 = 10_000;
 
@@ -39,6 +39,14 @@ fn main() -> ExitCode {
     let mut tally = Tally::default();
     if level.as_deref() != Some("room") {
         run_machine(&options, &mut tally);
+    }
+    if level.as_deref() != Some("machine") {
+        // A house of servers takes longer than one machine; alone it runs as many seeds as asked for.
+        if level.is_none() {
+            options.seeds.end =
+                options.seeds.start + (options.seeds.end - options.seeds.start).div_ceil(5);
+        }
+        run_room(&options, &mut tally);
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
     match tally.failed {
@@ -95,4 +103,29 @@ fn run_machine(options: &Options, tally: &mut Tally) {
     for (end, count) in ends {
         println!("machine: {count:>6} {end:?}");
     }
+}
+
+fn run_room(options: &Options, tally: &mut Tally) {
+    let (mut servers, mut events) = (0, 0);
+    for seed in options.seeds.clone() {
+        let result = match (room::run(seed), room::run(seed)) {
+            (Ok(a), Ok(b)) if a.trace == b.trace => {
+                if options.trace {
+                    println!("{}", a.trace);
+                }
+                servers += a.servers_in_room;
+                events += a.events;
+                Ok(())
+            }
+            (Err((broken, trace)), _) => {
+                if options.trace {
+                    println!("{trace}");
+                }
+                Err(broken)
+            }
+            _ => Err("the same seed gave another trace".to_owned()),
+        };
+        tally.add("room", seed, result);
+    }
+    println!("room: {servers} servers in rooms and {events} events in the end");
 }

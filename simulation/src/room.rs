@@ -1,0 +1,1179 @@
+//! Level 2: several servers share a room over a bad network, and must agree in the end.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::pdu::Pdu;
+use protocol::room_version::RoomVersion;
+use room::effect::{
+    Answer, Ask, AskError, BadPdu, Effect, Input, Machine, Now, Place, RawPdu, Section, SentJoin,
+    Ticket,
+};
+use room::join::{Intent, Join, JoinOptions, JoinRequest, Joined};
+use room::leave::{Leave, LeaveRequest, Left, Why};
+use room::receive::{Incoming, Receive, Received};
+use room::refusal::Refusal;
+use room::resident::{Accept, AcceptRequest, Accepted, Made, Make, MakeRequest, Unserved};
+use room::resync::{Resync, Resynced};
+use room::send::{Draft, Send, Sent, Unsent};
+use room::template::{Member, Own};
+use serde_json::json;
+
+use crate::chance::Chance;
+use crate::fixture::{self, chain_of};
+use crate::store::Store;
+
+/// Inputs of one run; a run that wants more does not end.
+const STEPS_MAX: usize = 400_000;
+/// After this the network is good and nobody acts any more.
+const PEACE: Duration = Duration::from_secs(60);
+/// In peace every server speaks this often, so that all branches meet.
+const ROUNDS_OF_TALK: usize = 3;
+/// Events that get_missing_events gives at most.
+const MISSING_MAX: usize = 10;
+
+pub struct Run {
+    pub servers_in_room: usize,
+    pub events: usize,
+    pub trace: String,
+}
+
+/// Runs one seed. An error is a broken law, with the trace so far.
+pub fn run(seed: u64) -> Result<Run, (String, String)> {
+    let mut world = World::new(seed);
+    match world.story() {
+        Ok((servers_in_room, events)) => Ok(Run {
+            servers_in_room,
+            events,
+            trace: world.trace,
+        }),
+        Err(broken) => Err((broken, world.trace)),
+    }
+}
+
+struct World {
+    chance: Chance,
+    faults: u64,
+    version: RoomVersion,
+    room: RoomId,
+    now: Duration,
+    sequence: u64,
+    queue: BTreeMap<(Duration, u64), Event>,
+    servers: Vec<Server>,
+    last_task: u64,
+    /// Verified once for all.
+    by_json: BTreeMap<Arc<str>, Arc<Pdu>>,
+    /// Pairs that can not reach each other, and until when.
+    partition: Option<(usize, usize, Duration)>,
+    /// Law 3: what a server said yes to.
+    promised: Vec<(usize, EventId)>,
+    trace: String,
+    broken: Option<String>,
+}
+
+struct Server {
+    own: Own,
+    users: Vec<UserId>,
+    store: Store,
+    // -- what a crash takes --
+    tasks: BTreeMap<u64, Task>,
+    receiving: bool,
+    resyncing: bool,
+    joining: bool,
+    // -- what it does not --
+    /// Staged events, with who sent them.
+    inbox: VecDeque<(usize, Arc<Pdu>)>,
+    outbox: BTreeMap<usize, VecDeque<Arc<Pdu>>>,
+    /// Joins by job: whose they are.
+    jobs: BTreeMap<i64, UserId>,
+}
+
+enum Task {
+    Join(Box<Join>),
+    Send(Box<Send>),
+    Make(Box<Make>, Reply),
+    Accept(Box<Accept>, Reply, bool),
+    Receive(Box<Receive>, usize, Vec<Arc<Pdu>>),
+    Resync(Box<Resync>),
+    Leave(Box<Leave>),
+}
+
+/// Whom an answer goes to.
+#[derive(Clone)]
+struct Reply {
+    server: usize,
+    task: u64,
+    ticket: Ticket,
+}
+
+enum Event {
+    Input {
+        server: usize,
+        task: u64,
+        input: Input,
+    },
+    Wake {
+        server: usize,
+        task: u64,
+    },
+    Request {
+        to: usize,
+        reply: Reply,
+        ask: Ask,
+    },
+    /// The next of `from`'s events for `to` leave.
+    Deliver {
+        from: usize,
+        to: usize,
+    },
+    /// Take up what is staged.
+    Receive {
+        server: usize,
+    },
+    Act,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut chance = Chance::new(seed);
+        let version = match chance.below(4) {
+            0 => RoomVersion::V12,
+            1 => RoomVersion::V9,
+            _ => RoomVersion::V11,
+        };
+        let count = 2 + chance.below(4) as usize;
+        let servers = (0..count)
+            .map(|n| Server::new(fixture::server(n)))
+            .collect();
+        Self {
+            faults: seed % 20,
+            chance,
+            version,
+            room: RoomId::parse("!room:s0").expect("a plain name"),
+            now: Duration::ZERO,
+            sequence: 0,
+            queue: BTreeMap::new(),
+            servers,
+            last_task: 0,
+            by_json: BTreeMap::new(),
+            partition: None,
+            promised: Vec::new(),
+            trace: String::new(),
+            broken: None,
+        }
+    }
+
+    fn now(&self) -> Now {
+        fixture::at(self.now.as_millis() as u64)
+    }
+
+    fn at_peace(&self) -> bool {
+        self.now >= PEACE
+    }
+
+    fn fault(&mut self) -> bool {
+        !self.at_peace() && self.chance.percent(self.faults)
+    }
+
+    fn later(&mut self, delay: Duration, event: Event) {
+        self.sequence += 1;
+        self.queue.insert((self.now + delay, self.sequence), event);
+    }
+
+    fn note(&mut self, server: usize, line: &str) {
+        let millis = self.now.as_millis();
+        writeln!(self.trace, "{millis:>8} s{server} {line}").expect("a string takes all");
+    }
+
+    // -- the story ---------------------------------------------------------------------------------
+
+    fn story(&mut self) -> Result<(usize, usize), String> {
+        self.create_room();
+        let mut at = Duration::from_millis(100);
+        while at < PEACE {
+            self.later(at, Event::Act);
+            at += self.chance.millis(50, 3000);
+        }
+        self.run_until_quiet()?;
+        self.now = self.now.max(PEACE);
+        self.partition = None;
+        for _ in 0..ROUNDS_OF_TALK {
+            self.restart_all();
+            self.run_until_quiet()?;
+            for server in 0..self.servers.len() {
+                self.say(server, "peace");
+                self.run_until_quiet()?;
+            }
+        }
+        self.check_all()
+    }
+
+    fn create_room(&mut self) {
+        let server = &mut self.servers[0];
+        let creator = server.users[0].clone();
+        let drafts = fixture::new_room(&creator, self.version);
+        let named = !self.version.rules().room_id_is_create_hash;
+        let room = named.then(|| self.room.clone());
+        let own = server.own.clone();
+        let mut create =
+            Send::create(own, self.version, room, drafts, fixture::at(0)).expect("good drafts");
+        let sent = fixture::run(&mut create, &mut server.store).expect("a good room");
+        self.room = sent.room;
+    }
+
+    fn run_until_quiet(&mut self) -> Result<(), String> {
+        for _ in 0..STEPS_MAX {
+            let Some(((at, _), event)) = self.queue.pop_first() else {
+                return Ok(());
+            };
+            self.now = self.now.max(at);
+            self.happen(event);
+            if let Some(broken) = self.broken.take() {
+                return Err(broken);
+            }
+        }
+        Err("it does not end".to_owned())
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Input {
+                server,
+                task,
+                input,
+            } => self.input(server, task, input),
+            Event::Wake { server, task } => self.input(server, task, Input::Woke),
+            Event::Request { to, reply, ask } => self.serve(to, reply, ask),
+            Event::Deliver { from, to } => self.deliver(from, to),
+            Event::Receive { server } => self.receive(server),
+            Event::Act => self.act(),
+        }
+    }
+
+    // -- users -------------------------------------------------------------------------------------
+
+    fn act(&mut self) {
+        if self.partition.is_some_and(|(.., until)| until < self.now) {
+            self.partition = None;
+        }
+        if self.partition.is_none() && self.fault() {
+            let (a, b) = (self.any_server(), self.any_server());
+            self.partition = Some((a, b, self.now + self.chance.millis(1000, 20_000)));
+        }
+        let server = self.any_server();
+        if self.fault() && self.chance.percent(50) {
+            return self.crash(server);
+        }
+        match self.chance.below(100) {
+            0..35 => self.join(server),
+            35..65 => self.say(server, "hello"),
+            65..75 => self.set_topic(server),
+            75..80 => self.set_power(server),
+            80..92 => self.moderate(server),
+            _ => self.leave(server),
+        }
+    }
+
+    fn any_server(&mut self) -> usize {
+        self.chance.below(self.servers.len() as u64) as usize
+    }
+
+    fn joined_here(&self, server: usize) -> Vec<UserId> {
+        let server = &self.servers[server];
+        let head = server
+            .store
+            .room(&self.room)
+            .and_then(|r| r.head(&server.own.name));
+        head.map(|head| head.local_joined).unwrap_or_default()
+    }
+
+    fn actor(&mut self, server: usize) -> Option<UserId> {
+        let joined = self.joined_here(server);
+        self.chance.pick(&joined).cloned()
+    }
+
+    fn say(&mut self, server: usize, body: &str) {
+        if let Some(user) = self.actor(server) {
+            let content = json!({ "body": body, "msgtype": "m.text" });
+            self.send(server, Draft::message(user, "m.room.message", content));
+        }
+    }
+
+    fn set_topic(&mut self, server: usize) {
+        if let Some(user) = self.actor(server) {
+            let topic = self.chance.below(1000);
+            let content = json!({ "topic": topic.to_string() });
+            self.send(server, Draft::state(user, "m.room.topic", "", content));
+        }
+    }
+
+    /// Makes somebody a moderator, or takes the power of most away from topics.
+    fn set_power(&mut self, server: usize) {
+        let Some(user) = self.actor(server) else {
+            return;
+        };
+        let creator = self.servers[0].users[0].clone();
+        let other = self.any_server();
+        let other = self.servers[other].users[0].clone();
+        let mut users = json!({ other.as_str(): 50 });
+        if self.version.rules().privileged_creators {
+            if other == creator {
+                return;
+            }
+        } else {
+            users[creator.as_str()] = 100.into();
+        }
+        let level = if self.chance.percent(50) { 0 } else { 50 };
+        let content = json!({ "users": users, "events": { "m.room.topic": level } });
+        self.send(
+            server,
+            Draft::state(user, "m.room.power_levels", "", content),
+        );
+    }
+
+    fn moderate(&mut self, server: usize) {
+        let Some(user) = self.actor(server) else {
+            return;
+        };
+        let target = 1 + self.chance.below(self.servers.len() as u64 - 1) as usize;
+        let users = self.servers[target].users.clone();
+        let Some(target) = self.chance.pick(&users).cloned() else {
+            return;
+        };
+        let membership = *self
+            .chance
+            .pick(&["leave", "ban", "leave"])
+            .expect("not empty");
+        let content = json!({ "membership": membership });
+        let draft = Draft::state(user, "m.room.member", target.as_str(), content);
+        self.send(server, draft);
+    }
+
+    fn leave(&mut self, server: usize) {
+        // Server 0 stays, so that there is a room to come back to.
+        if server == 0 {
+            return;
+        }
+        if let Some(user) = self.actor(server) {
+            let key = user.to_string();
+            let content = json!({ "membership": "leave" });
+            self.send(server, Draft::state(user, "m.room.member", &key, content));
+        }
+    }
+
+    fn send(&mut self, server: usize, draft: Draft) {
+        let what = format!(
+            "send {} {:?} by {}",
+            draft.kind, draft.state_key, draft.sender
+        );
+        self.note(server, &what);
+        let own = self.servers[server].own.clone();
+        let send = Send::new(own, self.room.clone(), vec![draft], None, self.now());
+        self.start(server, Task::Send(Box::new(send)));
+    }
+
+    fn join(&mut self, server: usize) {
+        let joined = self.joined_here(server);
+        let away: Vec<_> = self.servers[server]
+            .users
+            .iter()
+            .filter(|user| !joined.contains(user))
+            .cloned()
+            .collect();
+        let Some(user) = self.chance.pick(&away).cloned() else {
+            return;
+        };
+        let partial = self.servers[server]
+            .store
+            .room(&self.room)
+            .is_some_and(|room| room.partial.is_some());
+        if !joined.is_empty() && !partial {
+            let key = user.to_string();
+            let content = json!({ "membership": "join" });
+            self.send(server, Draft::state(user, "m.room.member", &key, content));
+        } else if !self.servers[server].joining {
+            self.join_remotely(server, user);
+        }
+    }
+
+    fn join_remotely(&mut self, server: usize, user: UserId) {
+        let first = self.any_server();
+        let candidates: Vec<_> = [first, 0]
+            .into_iter()
+            .map(|n| self.servers[n].own.name.clone())
+            .collect();
+        self.note(server, &format!("join by {user} via {candidates:?}"));
+        self.last_task += 1;
+        let job = self.last_task as i64;
+        self.servers[server].jobs.insert(job, user.clone());
+        let request = self.join_request(user, candidates, job);
+        let options = JoinOptions {
+            race_send_join: self.chance.percent(50),
+        };
+        self.servers[server].joining = true;
+        let join = Join::new(self.servers[server].own.clone(), request, options);
+        self.start(server, Task::Join(Box::new(join)));
+    }
+
+    fn join_request(&self, user: UserId, candidates: Vec<ServerName>, job: i64) -> JoinRequest {
+        JoinRequest {
+            room: self.room.clone(),
+            user,
+            candidates,
+            member: Member::default(),
+            job,
+            device_lists_at: 0,
+        }
+    }
+
+    // -- tasks -------------------------------------------------------------------------------------
+
+    fn start(&mut self, server: usize, task: Task) {
+        self.last_task += 1;
+        let id = self.last_task;
+        self.servers[server].tasks.insert(id, task);
+        self.settle(server, id);
+    }
+
+    fn input(&mut self, server: usize, id: u64, input: Input) {
+        let now = self.now();
+        // A task that is over, or was lost in a crash, hears nothing.
+        if let Some(task) = self.servers[server].tasks.get_mut(&id) {
+            task.handle(input, now);
+            self.settle(server, id);
+        }
+    }
+
+    /// Carries out what a task wants, and what follows when it is over.
+    fn settle(&mut self, server: usize, id: u64) {
+        let Some(mut task) = self.servers[server].tasks.remove(&id) else {
+            return;
+        };
+        while let Some(effect) = task.poll_effect() {
+            self.execute(server, id, effect);
+        }
+        if let Some(end) = task.poll_end() {
+            return self.end(server, task, end);
+        }
+        if let Some(deadline) = task.deadline() {
+            let delay = deadline.saturating_sub(self.now);
+            self.later(delay, Event::Wake { server, task: id });
+        }
+        self.servers[server].tasks.insert(id, task);
+    }
+
+    fn execute(&mut self, server: usize, task: u64, effect: Effect) {
+        let input = match effect {
+            Effect::Ask {
+                ticket, to, ask, ..
+            } => return self.ask(server, task, ticket, &to, ask),
+            Effect::Check {
+                ticket,
+                version,
+                pdus,
+            } => Input::Checked {
+                ticket,
+                pdus: pdus
+                    .into_iter()
+                    .map(|raw| self.check(raw, version))
+                    .collect(),
+            },
+            Effect::Load { ticket, room, load } => Input::Loaded {
+                ticket,
+                loaded: self.servers[server].store.load(&room, load),
+            },
+            Effect::Commit { ticket, writes } => {
+                let committed = self.servers[server].store.commit(*writes);
+                let outcome = self.committed(server, committed);
+                Input::Committed { ticket, outcome }
+            }
+            Effect::Tell(room::effect::Tell::StartResync { .. }) => {
+                return self.start_resync(server);
+            }
+            Effect::Tell(_) => return,
+        };
+        let delay = self.chance.millis(0, 3);
+        self.later(
+            delay,
+            Event::Input {
+                server,
+                task,
+                input,
+            },
+        );
+    }
+
+    fn committed(
+        &mut self,
+        server: usize,
+        committed: Result<crate::store::Outgoing, room::effect::Stale>,
+    ) -> Result<(), room::effect::Stale> {
+        if let Some(room) = self.servers[server].store.room(&self.room)
+            && let Err(broken) = room.check()
+        {
+            self.broken = Some(format!("s{server}: {broken}"));
+        }
+        for (servers, pdu) in committed? {
+            for to in servers {
+                let Some(to) = self.number(&to) else {
+                    continue;
+                };
+                let outbox = self.servers[server].outbox.entry(to).or_default();
+                outbox.push_back(pdu.clone());
+                let delay = self.chance.millis(5, 50);
+                self.later(delay, Event::Deliver { from: server, to });
+            }
+        }
+        Ok(())
+    }
+
+    fn number(&self, name: &ServerName) -> Option<usize> {
+        self.servers
+            .iter()
+            .position(|server| server.own.name == *name)
+    }
+
+    fn check(&mut self, raw: RawPdu, version: RoomVersion) -> Result<Arc<Pdu>, BadPdu> {
+        if let Some(pdu) = self.by_json.get(&raw) {
+            return Ok(pdu.clone());
+        }
+        let pdu = fixture::check(&raw, version)?;
+        self.by_json.insert(raw, pdu.clone());
+        Ok(pdu)
+    }
+
+    fn end(&mut self, server: usize, task: Task, end: End) {
+        match (task, end) {
+            (Task::Make(_, reply), End::Made(made)) => {
+                let answer = made.map(|made| Answer::Made {
+                    room_version: Some(made.version.as_str().to_owned()),
+                    event: made.event.to_string().into(),
+                });
+                self.reply(server, reply, Vec::new(), answer.map_err(unserved));
+            }
+            (Task::Accept(_, reply, omit), End::Accepted(Ok(accepted))) => {
+                self.accepted(server, reply, omit, accepted);
+            }
+            (Task::Accept(_, reply, _), End::Accepted(Err(refused))) => {
+                self.reply(server, reply, Vec::new(), Err(unserved(refused)));
+            }
+            (Task::Receive(_, from, batch), End::Received(received)) => {
+                self.received(server, from, batch, received);
+            }
+            (Task::Join(_), End::Joined(joined)) => {
+                self.servers[server].joining = false;
+                let how = match joined {
+                    Ok(joined) => format!("joined, partial: {}", joined.partial),
+                    Err(refusal) => format!("not joined: {refusal}"),
+                };
+                self.note(server, &how);
+                self.later(Duration::from_millis(1), Event::Receive { server });
+            }
+            (Task::Resync(_), End::Resynced(resynced)) => {
+                self.servers[server].resyncing = false;
+                self.note(server, &format!("resynced: {resynced:?}"));
+            }
+            (Task::Send(_), End::Sent(Err(unsent))) => {
+                self.note(server, &format!("not sent: {unsent:?}"));
+            }
+            (Task::Leave(_), End::Left(left)) => {
+                if let Ok(_left) = left {
+                    self.note(server, "a debt is paid");
+                }
+            }
+            (_, _) => {}
+        }
+    }
+
+    fn received(
+        &mut self,
+        server: usize,
+        from: usize,
+        batch: Vec<Arc<Pdu>>,
+        received: Vec<(EventId, Received)>,
+    ) {
+        let mut postponed = false;
+        for pdu in batch.into_iter().rev() {
+            let what = received.iter().find(|(id, _)| *id == pdu.event_id);
+            if let Some((_, what)) = what {
+                self.note(server, &format!("received {} {what:?}", pdu.event_id));
+            }
+            if what.is_none_or(|(_, what)| *what == Received::Postponed) {
+                postponed = true;
+                self.servers[server].inbox.push_front((from, pdu));
+            }
+        }
+        self.servers[server].receiving = false;
+        let delay = match postponed {
+            true => Duration::from_secs(1),
+            false => Duration::ZERO,
+        };
+        self.later(delay, Event::Receive { server });
+    }
+
+    fn start_resync(&mut self, server: usize) {
+        if self.servers[server].resyncing {
+            return;
+        }
+        self.servers[server].resyncing = true;
+        let own = self.servers[server].own.clone();
+        let seed = self.chance.draw();
+        let resync = Resync::new(own, self.room.clone(), seed, self.now());
+        self.start(server, Task::Resync(Box::new(resync)));
+    }
+
+    // -- crashes -----------------------------------------------------------------------------------
+
+    fn crash(&mut self, server: usize) {
+        self.note(server, "crash");
+        let crashed = &mut self.servers[server];
+        crashed.tasks.clear();
+        crashed.receiving = false;
+        crashed.resyncing = false;
+        crashed.joining = false;
+        self.restart(server);
+    }
+
+    fn restart_all(&mut self) {
+        for server in 0..self.servers.len() {
+            self.restart(server);
+        }
+    }
+
+    /// What a server does at boot: it takes up what its rows say.
+    fn restart(&mut self, server: usize) {
+        let Some(room) = self.servers[server].store.room(&self.room) else {
+            return;
+        };
+        let partial = room.partial.is_some();
+        let intents = room.intents.clone();
+        let owed = room.owed.clone();
+        for (job, intent) in intents {
+            if self.servers[server].joining {
+                continue;
+            }
+            let candidates = vec![intent.via.clone(), self.servers[0].own.name.clone()];
+            let request = self.join_request(intent.user.clone(), candidates, job);
+            let intent = Intent {
+                version: intent.version,
+                event: intent.events.last().expect("an intent has one").clone(),
+                via: intent.via,
+                omit_members: intent.omit_members,
+            };
+            let (own, now) = (self.servers[server].own.clone(), self.now());
+            self.servers[server].joining = true;
+            let join = Join::resume(own, request, JoinOptions::default(), intent, now);
+            self.start(server, Task::Join(Box::new(join)));
+        }
+        if partial {
+            self.start_resync(server);
+        }
+        for job in owed {
+            self.pay(server, job);
+        }
+        for to in 0..self.servers.len() {
+            self.later(
+                Duration::from_millis(10),
+                Event::Deliver { from: server, to },
+            );
+        }
+        self.later(Duration::from_millis(10), Event::Receive { server });
+    }
+
+    /// A leave is owed for a join that failed, unless the user has come in since.
+    fn pay(&mut self, server: usize, job: i64) {
+        let user = self.servers[server].jobs[&job].clone();
+        if self.joined_here(server).contains(&user) {
+            let room = self.servers[server].store.rooms.get_mut(&self.room);
+            room.expect("it owes").owed.remove(&job);
+            return;
+        }
+        let candidates = self.servers.iter().map(|s| s.own.name.clone()).collect();
+        let request = LeaveRequest {
+            room: self.room.clone(),
+            user,
+            reason: None,
+            why: Why::Owed { job, candidates },
+        };
+        let own = self.servers[server].own.clone();
+        let leave = Leave::new(own, request, self.now());
+        self.start(server, Task::Leave(Box::new(leave)));
+    }
+
+    // -- the network -------------------------------------------------------------------------------
+
+    fn latency(&mut self) -> Duration {
+        match self.fault() {
+            true => self.chance.millis(0, 30_000),
+            false => self.chance.millis(5, 100),
+        }
+    }
+
+    fn cut(&self, a: usize, b: usize) -> bool {
+        let between = |(x, y, until): (usize, usize, Duration)| {
+            ((x, y) == (a, b) || (x, y) == (b, a)) && self.now < until
+        };
+        !self.at_peace() && self.partition.is_some_and(between)
+    }
+
+    fn ask(&mut self, server: usize, task: u64, ticket: Ticket, to: &ServerName, ask: Ask) {
+        let reply = Reply {
+            server,
+            task,
+            ticket,
+        };
+        let word = format!("{ask:?}");
+        let word = word.split([' ', '{']).next().unwrap_or_default().to_owned();
+        self.note(server, &format!("asks {to} {word}"));
+        let Some(to) = self.number(to).filter(|to| *to != server) else {
+            self.broken = Some(format!("s{server} asks {to}"));
+            return;
+        };
+        if self.cut(server, to) || self.fault() {
+            let reason = "timeout".to_owned();
+            return self.reply(to, reply, Vec::new(), Err(AskError::Unreachable { reason }));
+        }
+        let delay = self.latency();
+        self.later(delay, Event::Request { to, reply, ask });
+    }
+
+    fn reply(
+        &mut self,
+        from: usize,
+        reply: Reply,
+        parts: Vec<(Section, Vec<RawPdu>)>,
+        answer: Result<Answer, AskError>,
+    ) {
+        let from = self.servers[from].own.name.clone();
+        let (server, task, ticket) = (reply.server, reply.task, reply.ticket);
+        let mut delay = self.latency();
+        let truncated = self.fault();
+        for (section, pdus) in parts {
+            let part = Input::Part {
+                ticket,
+                from: from.clone(),
+                section,
+                pdus,
+            };
+            let input = part;
+            self.later(
+                delay,
+                Event::Input {
+                    server,
+                    task,
+                    input,
+                },
+            );
+            delay += Duration::from_millis(1);
+        }
+        let answer = match truncated {
+            true => Err(AskError::Unreachable {
+                reason: "cut short".to_owned(),
+            }),
+            false => answer,
+        };
+        let input = Input::Answered {
+            ticket,
+            from,
+            answer,
+        };
+        self.later(
+            delay,
+            Event::Input {
+                server,
+                task,
+                input,
+            },
+        );
+    }
+
+    /// Events leave one batch at a time, in order, and again until they have arrived.
+    fn deliver(&mut self, from: usize, to: usize) {
+        let Some(waiting) = self.servers[from]
+            .outbox
+            .get_mut(&to)
+            .filter(|w| !w.is_empty())
+        else {
+            return;
+        };
+        let batch: Vec<_> = waiting.iter().take(50).cloned().collect();
+        if self.cut(from, to) || self.fault() {
+            let delay = self.chance.millis(500, 5000);
+            return self.later(delay, Event::Deliver { from, to });
+        }
+        // The answer may be lost though the events have come: then they come twice.
+        if !self.fault() {
+            let waiting = self.servers[from].outbox.get_mut(&to).expect("just there");
+            waiting.drain(..batch.len());
+        } else {
+            let delay = self.chance.millis(500, 5000);
+            self.later(delay, Event::Deliver { from, to });
+        }
+        let inbox = batch.into_iter().map(|pdu| (from, pdu));
+        self.servers[to].inbox.extend(inbox);
+        let delay = self.latency();
+        self.later(delay, Event::Receive { server: to });
+    }
+
+    fn receive(&mut self, server: usize) {
+        let here = &mut self.servers[server];
+        let (false, Some((from, _))) = (here.receiving, here.inbox.front().cloned()) else {
+            return;
+        };
+        let mut batch = Vec::new();
+        while batch.len() < 50 && here.inbox.front().is_some_and(|(other, _)| *other == from) {
+            batch.extend(here.inbox.pop_front().map(|(_, pdu)| pdu));
+        }
+        here.receiving = true;
+        let own = here.own.clone();
+        let incoming = batch.iter().map(|pdu| Incoming {
+            pdu: pdu.clone(),
+            staged: None,
+        });
+        let incoming = incoming.collect();
+        let origin = self.servers[from].own.name.clone();
+        let receive = Receive::new(own, self.room.clone(), origin, incoming, self.now());
+        self.start(server, Task::Receive(Box::new(receive), from, batch));
+    }
+
+    // -- answering ---------------------------------------------------------------------------------
+
+    fn serve(&mut self, server: usize, reply: Reply, ask: Ask) {
+        let origin = self.servers[reply.server].own.name.clone();
+        let own = self.servers[server].own.clone();
+        match ask {
+            Ask::Make { what, user, .. } => {
+                let request = MakeRequest {
+                    what,
+                    room: self.room.clone(),
+                    user,
+                    origin,
+                    versions: vec![self.version.as_str().to_owned()],
+                    allowed: None,
+                };
+                let make = Make::new(own, request, self.now());
+                self.start(server, Task::Make(Box::new(make), reply));
+            }
+            Ask::Send {
+                what,
+                event_id,
+                event,
+                omit_members,
+                ..
+            } => {
+                let request = AcceptRequest {
+                    what,
+                    room: self.room.clone(),
+                    event_id: event_id.to_string(),
+                    origin,
+                    event,
+                    allowed: None,
+                };
+                let accept = Accept::new(own, request);
+                let task = Task::Accept(Box::new(accept), reply, omit_members);
+                self.start(server, task);
+            }
+            ask => {
+                let (parts, answer) = self.look_up(server, &origin, &ask);
+                self.reply(server, reply, parts, answer);
+            }
+        }
+    }
+
+    fn accepted(&mut self, server: usize, reply: Reply, omit: bool, accepted: Accepted) {
+        self.promised
+            .push((server, accepted.event.event_id.clone()));
+        if accepted.extremities > 1
+            && let Some(user) = self.actor(server)
+        {
+            self.send(server, Draft::dummy(user));
+        }
+        if accepted.event.membership() != Some("join") {
+            return self.reply(server, reply, Vec::new(), Ok(Answer::SentLeave));
+        }
+        let store = &self.servers[server].store;
+        let room = store.room(&self.room).expect("it accepted a join to it");
+        let mut state: Vec<_> = room
+            .names(&accepted.state_before)
+            .values()
+            .map(|id| room.row(id).expect("state is stored").pdu.clone())
+            .collect();
+        if omit {
+            let own_key = accepted.event.state_key.clone();
+            state.retain(|pdu| &*pdu.kind != "m.room.member" || pdu.state_key == own_key);
+        }
+        let chain = chain_of(store, &self.room, &state);
+        let raw = |pdus: &[Arc<Pdu>]| pdus.iter().map(|pdu| pdu.json.clone()).collect();
+        let parts = vec![
+            (Section::State, raw(&state)),
+            (Section::AuthChain, raw(&chain)),
+        ];
+        let end = SentJoin {
+            event: Some(accepted.event.json.clone()),
+            members_omitted: omit,
+            servers_in_room: Some(accepted.servers_before),
+        };
+        self.reply(server, reply, parts, Ok(Answer::SentJoin(end)));
+    }
+
+    fn look_up(
+        &self,
+        server: usize,
+        origin: &ServerName,
+        ask: &Ask,
+    ) -> (Vec<(Section, Vec<RawPdu>)>, Result<Answer, AskError>) {
+        let none = Vec::new();
+        let store = &self.servers[server].store;
+        let Some(room) = store.room(&self.room) else {
+            return (none, Err(refused(404, "M_NOT_FOUND")));
+        };
+        let raw = |pdus: &[Arc<Pdu>]| pdus.iter().map(|pdu| pdu.json.clone()).collect();
+        match ask {
+            Ask::StateIds { event_id, .. } | Ask::State { event_id, .. } => {
+                let state = match self.state_for(server, origin, event_id) {
+                    Ok(state) => state,
+                    Err(error) => return (none, Err(error)),
+                };
+                let chain = chain_of(store, &self.room, &state);
+                if matches!(ask, Ask::State { .. }) {
+                    let parts = vec![
+                        (Section::State, raw(&state)),
+                        (Section::AuthChain, raw(&chain)),
+                    ];
+                    return (parts, Ok(Answer::State));
+                }
+                let ids = |pdus: &[Arc<Pdu>]| pdus.iter().map(|pdu| pdu.event_id.clone()).collect();
+                let answer = Answer::StateIds {
+                    pdu_ids: ids(&state),
+                    auth_chain_ids: ids(&chain),
+                };
+                (none, Ok(answer))
+            }
+            Ask::Event { event_id } => match room.row(event_id) {
+                Some(row) => (none, Ok(Answer::Pdus(vec![row.pdu.json.clone()]))),
+                None => (none, Err(refused(404, "M_NOT_FOUND"))),
+            },
+            Ask::EventAuth { event_id, .. } => match room.row(event_id) {
+                Some(row) => {
+                    let chain = chain_of(store, &self.room, std::slice::from_ref(&row.pdu));
+                    (none, Ok(Answer::Pdus(raw(&chain))))
+                }
+                None => (none, Err(refused(404, "M_NOT_FOUND"))),
+            },
+            Ask::GetMissingEvents {
+                earliest, latest, ..
+            } => (
+                none,
+                Ok(Answer::Pdus(raw(&missing(room, earliest, latest)))),
+            ),
+            _ => (none, Err(refused(404, "M_UNRECOGNIZED"))),
+        }
+    }
+
+    /// State before an event, for a server in the room, at events that are not partial (F-3, F-16).
+    fn state_for(
+        &self,
+        server: usize,
+        origin: &ServerName,
+        event_id: &EventId,
+    ) -> Result<Vec<Arc<Pdu>>, AskError> {
+        let here = &self.servers[server];
+        let room = here
+            .store
+            .room(&self.room)
+            .ok_or(refused(404, "M_NOT_FOUND"))?;
+        if !room.hosts(&here.own.name).contains(origin) {
+            return Err(refused(403, "M_FORBIDDEN"));
+        }
+        let state = room
+            .row(event_id)
+            .filter(|row| !matches!(row.verdict, room::write::Verdict::Rejected(_)))
+            .and_then(|row| row.state.as_ref())
+            .ok_or(refused(404, "M_NOT_FOUND"))?;
+        if state.partial {
+            return Err(refused(403, "M_UNABLE_DUE_TO_PARTIAL_STATE"));
+        }
+        let names = room.names(&state.before);
+        let stored = names.values().filter_map(|id| room.row(id));
+        Ok(stored.map(|row| row.pdu.clone()).collect())
+    }
+
+    // -- the laws ----------------------------------------------------------------------------------
+
+    fn check_all(&mut self) -> Result<(usize, usize), String> {
+        let reference = self.servers[0]
+            .store
+            .room(&self.room)
+            .ok_or("the room is gone")?;
+        let state = reference.state();
+        let own = &self.servers[0].own.name;
+        let mut in_room: BTreeSet<ServerName> = reference.hosts(own).into_iter().collect();
+        in_room.insert(own.clone());
+        for (n, server) in self.servers.iter().enumerate() {
+            let Some(room) = server.store.room(&self.room) else {
+                continue;
+            };
+            room.check().map_err(|broken| format!("s{n}: {broken}"))?;
+            if room.partial.is_some() && !self.joined_here(n).is_empty() {
+                return Err(format!("s{n} stayed partial"));
+            }
+            if !room.intents.is_empty() {
+                return Err(format!("s{n} left a join unfinished"));
+            }
+        }
+        for name in &in_room {
+            let n = self.number(name).ok_or("a member of no server")?;
+            if self.joined_here(n).is_empty() {
+                return Err(format!("s{n} is in the room for s0, and does not know it"));
+            }
+            let theirs = self.servers[n]
+                .store
+                .room(&self.room)
+                .map(crate::store::Room::state);
+            let theirs = theirs.ok_or("a member without a room")?;
+            if theirs != state {
+                return Err(difference(n, &state, &theirs));
+            }
+        }
+        for (server, id) in &self.promised {
+            let room = self.servers[*server].store.room(&self.room);
+            let row = room.and_then(|room| room.row(id));
+            if row.is_none_or(|row| row.place == Place::Outlier) {
+                return Err(format!("s{server} took {id} and does not have it"));
+            }
+        }
+        Ok((in_room.len(), reference.events.len()))
+    }
+}
+
+fn difference(
+    n: usize,
+    ours: &BTreeMap<(String, String), EventId>,
+    theirs: &BTreeMap<(String, String), EventId>,
+) -> String {
+    let keys: BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
+    let differ: Vec<_> = keys
+        .into_iter()
+        .filter(|key| ours.get(*key) != theirs.get(*key))
+        .map(|key| format!("{key:?}: {:?}, {:?}", ours.get(key), theirs.get(key)))
+        .collect();
+    format!("s0 and s{n} hold different state: {}", differ.join("; "))
+}
+
+/// Breadth first from the latest back to the earliest, the oldest first in the answer.
+fn missing(room: &crate::store::Room, earliest: &[EventId], latest: &[EventId]) -> Vec<Arc<Pdu>> {
+    let mut seen: BTreeSet<EventId> = earliest.iter().chain(latest).cloned().collect();
+    let prevs = |id: &EventId| {
+        let row = room.row(id).filter(|row| row.place != Place::Outlier);
+        row.map(|row| row.pdu.prev_events.clone())
+            .unwrap_or_default()
+    };
+    let mut left: VecDeque<EventId> = latest.iter().flat_map(prevs).collect();
+    let mut found = Vec::new();
+    while let Some(id) = left.pop_front() {
+        let row = room.row(&id).filter(|row| row.place != Place::Outlier);
+        if let Some(row) = row
+            && seen.insert(id.clone())
+            && found.len() < MISSING_MAX
+        {
+            found.push(row.pdu.clone());
+            left.extend(prevs(&id));
+        }
+    }
+    found.reverse();
+    found
+}
+
+fn refused(status: u16, errcode: &str) -> AskError {
+    AskError::Refused {
+        status,
+        errcode: errcode.to_owned(),
+        error: "no".to_owned(),
+        body: "{}".into(),
+    }
+}
+
+fn unserved(unserved: Unserved) -> AskError {
+    match unserved {
+        Unserved::Refused(refusal) => refused(refusal.status, &refusal.errcode),
+        Unserved::AskAllowed(_) => refused(403, "M_FORBIDDEN"),
+    }
+}
+
+impl Server {
+    fn new(name: ServerName) -> Self {
+        let users = ["ann", "bob"].map(|user| fixture::user(user, &name));
+        Self {
+            store: Store::new(name.clone()),
+            own: fixture::own(name),
+            users: users.into(),
+            tasks: BTreeMap::new(),
+            receiving: false,
+            resyncing: false,
+            joining: false,
+            inbox: VecDeque::new(),
+            outbox: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+        }
+    }
+}
+
+/// What a task came to.
+enum End {
+    Joined(Result<Joined, Refusal>),
+    Sent(Result<Sent, Unsent>),
+    Made(Result<Made, Unserved>),
+    Accepted(Result<Accepted, Unserved>),
+    Received(Vec<(EventId, Received)>),
+    Resynced(Resynced),
+    Left(Result<Left, Refusal>),
+}
+
+impl Task {
+    fn handle(&mut self, input: Input, now: Now) {
+        match self {
+            Self::Join(machine) => machine.handle(input, now),
+            Self::Send(machine) => machine.handle(input, now),
+            Self::Make(machine, _) => machine.handle(input, now),
+            Self::Accept(machine, ..) => machine.handle(input, now),
+            Self::Receive(machine, ..) => machine.handle(input, now),
+            Self::Resync(machine) => machine.handle(input, now),
+            Self::Leave(machine) => machine.handle(input, now),
+        }
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        match self {
+            Self::Join(machine) => machine.poll_effect(),
+            Self::Send(machine) => machine.poll_effect(),
+            Self::Make(machine, _) => machine.poll_effect(),
+            Self::Accept(machine, ..) => machine.poll_effect(),
+            Self::Receive(machine, ..) => machine.poll_effect(),
+            Self::Resync(machine) => machine.poll_effect(),
+            Self::Leave(machine) => machine.poll_effect(),
+        }
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        match self {
+            Self::Join(machine) => machine.deadline(),
+            Self::Resync(machine) => machine.deadline(),
+            _ => None,
+        }
+    }
+
+    fn poll_end(&mut self) -> Option<End> {
+        match self {
+            Self::Join(machine) => machine.poll_outcome().map(End::Joined),
+            Self::Send(machine) => machine.poll_outcome().map(End::Sent),
+            Self::Make(machine, _) => machine.poll_outcome().map(End::Made),
+            Self::Accept(machine, ..) => machine.poll_outcome().map(End::Accepted),
+            Self::Receive(machine, ..) => machine.poll_outcome().map(End::Received),
+            Self::Resync(machine) => machine.poll_outcome().map(End::Resynced),
+            Self::Leave(machine) => machine.poll_outcome().map(End::Left),
+        }
+    }
+}
