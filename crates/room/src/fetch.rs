@@ -71,6 +71,8 @@ pub(crate) struct Fetch {
     create: Option<Arc<Pdu>>,
     /// How many donors were asked for an event.
     tried: BTreeMap<EventId, usize>,
+    /// Events that the source of the ids could not be asked for: another time it may be.
+    unreached: BTreeSet<EventId>,
     /// Checks of PDUs that have come.
     checks: BTreeSet<Ticket>,
     asked_for_state: bool,
@@ -119,6 +121,7 @@ impl Fetch {
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
+            unreached: BTreeSet::new(),
             checks: BTreeSet::new(),
             asked_for_state: false,
         }
@@ -147,6 +150,7 @@ impl Fetch {
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
+            unreached: BTreeSet::new(),
             checks: BTreeSet::new(),
             asked_for_state: true,
         };
@@ -275,10 +279,12 @@ impl Fetch {
         answer: Result<Answer, AskError>,
         out: &mut Outbox,
     ) -> Option<Result<Fetched, Unfetched>> {
-        if asks.remove(&ticket).is_some()
-            && let Ok(Answer::Pdus(pdus)) = answer
-        {
-            self.check(pdus, out);
+        match (asks.remove(&ticket), answer) {
+            (Some(_), Ok(Answer::Pdus(pdus))) => self.check(pdus, out),
+            (Some(id), Err(AskError::Unreachable { .. })) if self.tried.get(&id) == Some(&1) => {
+                self.unreached.insert(id);
+            }
+            _ => {}
         }
         self.ask_events(&mut asks, &mut queue, out);
         if asks.is_empty() {
@@ -476,6 +482,15 @@ impl Fetch {
 
     /// The map after the event: the state before it, with the event itself in it (P-18).
     fn build(&self) -> Result<Fetched, Unfetched> {
+        // A lost answer is no hole: what is stored stays, and the source is asked again some time.
+        if self
+            .unreached
+            .iter()
+            .any(|id| !self.stored.contains_key(id))
+        {
+            let reason = "it could not be asked for all events".to_owned();
+            return Err(Unfetched::Unreachable(reason));
+        }
         let Some(event) = &self.event else {
             return Ok(self.build_events());
         };
