@@ -132,6 +132,7 @@ impl Store {
             Load::OutOfBand { user } => {
                 Loaded::OutOfBand(room.out_of_band.get(&user).cloned().map(Box::new))
             }
+            Load::HandshakeRunning => Loaded::HandshakeRunning(!room.intents.is_empty()),
             Load::Hosts => Loaded::Hosts(room.hosts(&own)),
             Load::BackwardExtremities => Loaded::BackwardExtremities(room.backward_extremities()),
         }

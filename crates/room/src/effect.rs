@@ -273,6 +273,9 @@ pub enum Load {
     AuthDependents { events: Vec<EventNid> },
     /// What is stored about a membership of our user apart from the room's state. → [`Loaded::OutOfBand`]
     OutOfBand { user: UserId },
+    /// Whether a handshake of ours for this room is between its intent and its end, also for a room that is
+    /// not known so far. → [`Loaded::HandshakeRunning`]
+    HandshakeRunning,
     /// The servers with a joined member in the current state, own name excluded. → [`Loaded::Hosts`]
     Hosts,
     /// Prev events of the timeline's oldest events that are not stored, deepest first, with their depth
@@ -296,6 +299,7 @@ pub enum Loaded {
     /// For each of the events asked about (absent: none), the events upon it.
     Children(BTreeMap<EventNid, Vec<Child>>),
     OutOfBand(Option<Box<StoredOutOfBand>>),
+    HandshakeRunning(bool),
     Hosts(Vec<ServerName>),
     BackwardExtremities(Vec<(EventId, i64)>),
 }

@@ -57,6 +57,7 @@ pub(crate) struct Facts {
     ready: Option<Vec<ReadyEvent>>,
     out_of_band: BTreeMap<UserId, Option<Arc<StoredOutOfBand>>>,
     hosts: Option<Vec<ServerName>>,
+    handshake_running: Option<bool>,
     closures: Vec<Closure>,
     resolved: Vec<(Vec<StateMap>, StateMap)>,
     /// Events by number, from loads and from what the machine is about to store.
@@ -89,6 +90,7 @@ impl Facts {
             ready: None,
             out_of_band: BTreeMap::new(),
             hosts: None,
+            handshake_running: None,
             closures: Vec::new(),
             resolved: Vec::new(),
             events: EventSet::default(),
@@ -185,6 +187,9 @@ impl Facts {
                     .insert(user, stored.map(|stored| Arc::new(*stored)));
             }
             (Load::Hosts, Loaded::Hosts(hosts)) => self.hosts = Some(hosts),
+            (Load::HandshakeRunning, Loaded::HandshakeRunning(running)) => {
+                self.handshake_running = Some(running);
+            }
             // A reply of another kind is the driver's fault; the decision asks again.
             (_, _) => {}
         }
@@ -321,6 +326,13 @@ impl Facts {
         match self.out_of_band.get(user) {
             Some(stored) => Ok(stored.clone()),
             None => lacking(Load::OutOfBand { user: user.clone() }),
+        }
+    }
+
+    pub fn handshake_running(&self) -> Got<bool> {
+        match self.handshake_running {
+            Some(running) => Ok(running),
+            None => lacking(Load::HandshakeRunning),
         }
     }
 

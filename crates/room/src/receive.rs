@@ -475,11 +475,7 @@ fn refused(reason: &str) -> Judgement {
 impl Judging {
     /// J-65, J-76, P-24.
     fn judge_from_outside(&mut self, own: &Own, origin: &ServerName) -> Got<Judgement> {
-        if self
-            .facts
-            .head()?
-            .is_some_and(|head| head.handshake_running)
-        {
+        if self.facts.handshake_running()? {
             return Ok(Judgement::End(Received::Postponed));
         }
         let pdu = self.item.pdu.clone();

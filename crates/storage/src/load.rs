@@ -61,6 +61,9 @@ pub fn answer(c: &mut dyn Conn, room: &RoomId, load: &Load, own: &ServerName) ->
                 stripped_state: found.stripped_state,
             }))))
         }
+        Load::HandshakeRunning => {
+            rooms::handshake_running(c, row.nid).map(Loaded::HandshakeRunning)
+        }
         Load::Hosts => {
             let mut hosts = rooms::hosts(c, row.nid)?;
             hosts.retain(|host| host != own);
@@ -88,6 +91,7 @@ fn nothing(load: &Load) -> Loaded {
         Load::ReadyPartial { .. } | Load::AuthDependents { .. } => Loaded::Ready(Vec::new()),
         Load::Children { .. } => Loaded::Children(BTreeMap::new()),
         Load::OutOfBand { .. } => Loaded::OutOfBand(None),
+        Load::HandshakeRunning => Loaded::HandshakeRunning(false),
         Load::Hosts => Loaded::Hosts(Vec::new()),
         Load::BackwardExtremities => Loaded::BackwardExtremities(Vec::new()),
     }
