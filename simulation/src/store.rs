@@ -37,6 +37,8 @@ pub struct Room {
     pub owed: BTreeSet<i64>,
     pub out_of_band: BTreeMap<UserId, StoredOutOfBand>,
     last_position: u64,
+    /// What a commit broke, for the next check to tell.
+    broken: Option<String>,
 }
 
 /// A join that may be known elsewhere.
@@ -425,8 +427,12 @@ impl Room {
         if event.place == Place::Outlier && self.events.contains_key(&event.nid) {
             return;
         }
-        if let Some(row) = self.events.get(&event.nid) {
-            assert_eq!(row.place, Place::Outlier, "an event is placed once");
+        if self
+            .events
+            .get(&event.nid)
+            .is_some_and(|row| row.place != Place::Outlier)
+        {
+            self.broken = Some(format!("{} is placed twice", event.pdu.event_id));
         }
         self.last_position += 1;
         let row = Row {
@@ -464,6 +470,7 @@ impl Room {
             }
             IntentChange::Fulfil { job } | IntentChange::Forget { job } => {
                 self.intents.remove(&job);
+                self.owed.remove(&job);
             }
             IntentChange::OweLeave { job } => {
                 self.intents.remove(&job);
@@ -510,6 +517,9 @@ impl Room {
                         state.partial = false;
                     }
                 }
+                for extremity in &mut self.extremities {
+                    extremity.partial = false;
+                }
             }
         }
         Ok(())
@@ -519,6 +529,9 @@ impl Room {
 
     /// What must hold in every store at every moment.
     pub fn check(&self) -> Result<(), String> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
         for (nid, row) in &self.events {
             if row.partial() && self.partial.is_none() {
                 return Err(format!("{} is partial in a full room", row.pdu.event_id));

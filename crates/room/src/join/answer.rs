@@ -171,6 +171,9 @@ impl Reply {
             // The room must not fall back to partial (S-37); a full answer is what helps.
             return Ok(Conclusion::BadCandidate("the room is full here".to_owned()));
         }
+        if let Some(conclusion) = here_already(request, &room, facts)? {
+            return Ok(conclusion);
+        }
         let stored = self.known(&room, facts)?;
         let missing = |id: &EventId| !self.pdus.contains_key(id) && !stored.contains_key(id);
         if room.join.auth_events.iter().any(missing) {
@@ -441,6 +444,30 @@ impl Standing {
             others: after(at_others),
         })
     }
+}
+
+/// Another of our users is in the room, so the join can have come to us as any event does, and been judged
+/// as one, before the answer was here.
+fn here_already(request: &JoinRequest, room: &Room, facts: &Facts) -> Got<Option<Conclusion>> {
+    let found = facts.find(std::slice::from_ref(&room.join.event_id))?;
+    let Some(found) = found
+        .into_iter()
+        .flatten()
+        .find(|found| found.known.place != Place::Outlier)
+    else {
+        return Ok(None);
+    };
+    if found.known.rejected {
+        return Ok(Some(Conclusion::Rejected(
+            "it did not pass here".to_owned(),
+        )));
+    }
+    let mut writes = WriteSet::new(request.room.clone(), room.version);
+    writes.intent = Some(IntentChange::Fulfil { job: request.job });
+    Ok(Some(Conclusion::Store {
+        writes: Box::new(writes),
+        partial: found.known.partial,
+    }))
 }
 
 /// J-54, J-25.
