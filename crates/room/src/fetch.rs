@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use protocol::hash;
 use protocol::id::{EventId, RoomId, ServerName};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
@@ -359,6 +360,10 @@ impl Fetch {
     fn plan(&mut self) -> Got<Thought> {
         let mut ids: BTreeSet<_> = self.ids.all.clone();
         ids.extend(sift::outside(&self.waiting));
+        // From version 12 on every event stands on the create event without naming it.
+        if self.version.rules().room_id_is_create_hash {
+            ids.extend(hash::create_of(&self.facts.room));
+        }
         ids.retain(|id| !self.stored.contains_key(id) && !self.waiting.contains_key(id));
         let wanted: Vec<_> = ids.into_iter().collect();
         let found = self.facts.find(&wanted)?;

@@ -331,6 +331,13 @@ impl Reply {
         let nid = facts.nid(&room.join.event_id).expect("numbered before");
         let key = facts.key_of(&room.join);
         let after = facts::after(&standing.before, key, nid, true);
+        let auth_events = room.join.auth_events.iter();
+        let stored = StoredEvent {
+            pdu: room.join.clone(),
+            auth_events: auth_events.filter_map(|id| facts.nid(id)).collect(),
+            rejected: false,
+        };
+        facts.add_own(nid, stored);
         let mut maps = standing.others.clone();
         maps.push(after.clone());
         let current = facts.resolve(room.version, maps)?;
