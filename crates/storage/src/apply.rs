@@ -489,6 +489,8 @@ impl Plan {
                     &pack_ids(&event.pdu.prev_events, numbers)?,
                     &reason(&event.verdict),
                     &event.key,
+                    &event.pdu.json,
+                    &event.pdu.redacted,
                 ],
             )?;
         }
@@ -719,9 +721,11 @@ impl Plan {
                 .map(|id| caches.ids.get(id))
                 .collect();
             caches.ids.insert(event.pdu.event_id.clone(), event.nid);
-            // An event stored before, or in another room, may differ.
-            let placed = placed.contains(&event.nid);
-            if let (Some(auth), true) = (auth, placed) {
+            if !placed.contains(&event.nid) || caches.bodies.remove(&event.nid).is_some() {
+                // Another copy of it was stored before: whichever stays will be read.
+                continue;
+            }
+            if let (Some(auth), false) = (auth, event.pdu.redacted) {
                 let body = Body {
                     room,
                     key: event.key,
@@ -776,9 +780,12 @@ fn pack_ids(ids: &[EventId], numbers: &HashMap<EventId, EventNid>) -> Result<Vec
 const INSERT_EVENT: &str = "INSERT INTO events (nid, room_nid, key_nid, place, verdict, partial, position,
     depth, origin_ts, before_root, after_root, prevs, auth, redacted, kind, state_key, sender, reason, json)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)";
+/// A copy with a wrong content hash gives way to a right one, never the other way round.
 const UPGRADE_EVENT: &str =
     "UPDATE events SET place = $2, verdict = $3, partial = $4, position = $5,
-    before_root = $6, after_root = $7, prevs = $8, reason = $9, key_nid = $10 WHERE nid = $1";
+    before_root = $6, after_root = $7, prevs = $8, reason = $9, key_nid = $10,
+    json = CASE WHEN redacted = 1 THEN $11 ELSE json END,
+    redacted = CASE WHEN redacted = 1 THEN $12 ELSE 0 END WHERE nid = $1";
 const REJUDGE_EVENT: &str = "UPDATE events SET verdict = $2, reason = $3, partial = $4,
     before_root = $5, after_root = $6 WHERE nid = $1";
 const DROP_EXTREMITIES: &str = "DELETE FROM forward_extremities WHERE room_nid = $1";

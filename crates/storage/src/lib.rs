@@ -7,8 +7,8 @@
 
 pub mod account_data;
 pub mod accounts;
-pub mod appservices;
 pub mod apply;
+pub mod appservices;
 pub mod backup;
 mod cache;
 pub mod devices;
@@ -21,7 +21,6 @@ pub mod federation_reads;
 pub mod leases;
 pub mod load;
 pub mod media;
-pub mod memberships;
 mod migrations;
 pub mod out_of_band;
 mod postgres;

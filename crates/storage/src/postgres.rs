@@ -263,6 +263,10 @@ impl Session {
                 Err(Error::Conflict(reason)) => {
                     tracing::debug!(reason, attempt, "a write collided and runs again");
                 }
+                // Perhaps somebody else was quicker with the same row; the next run will see it.
+                Err(Error::Constraint(reason)) if attempt == 1 => {
+                    tracing::debug!(reason, "a write broke a constraint and runs again");
+                }
                 outcome => return outcome,
             }
         }

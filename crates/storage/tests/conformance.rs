@@ -42,6 +42,7 @@ laws!(
     a_stale_write_set_writes_nothing,
     a_state_change_in_a_big_room_costs_little,
     a_verdict_can_change,
+    a_whole_copy_takes_the_place_of_a_redacted_one,
     an_out_of_band_membership_ends_with_a_real_one,
     an_outlier_can_be_given_a_place_once,
     colliding_writes_add_up,

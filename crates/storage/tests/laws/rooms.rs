@@ -498,6 +498,39 @@ pub async fn an_outlier_can_be_given_a_place_once(database: &Database) {
     assert_eq!(place(&fixture).await, Place::Timeline);
 }
 
+pub async fn a_whole_copy_takes_the_place_of_a_redacted_one(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let (made, state) = fixture
+        .make(
+            "@alice:localhost",
+            "m.room.message",
+            None,
+            json!({"body": "hi"}),
+        )
+        .await;
+    let tampered = made.pdu.json.replace("\"hi\"", "\"ho\"");
+    let redacted = Arc::new(Pdu::parse(&tampered, VERSION).unwrap());
+    assert!(redacted.redacted && redacted.event_id == made.pdu.event_id);
+    let mut writes = WriteSet::new(fixture.room.clone(), VERSION);
+    let mut copy = outlier(&made);
+    copy.pdu = Arc::clone(&redacted);
+    writes.events.push(copy);
+    fixture.commit(writes).await.unwrap();
+    let find = Load::Find {
+        ids: vec![made.pdu.event_id.clone()],
+    };
+    let found = async |fixture: &Fixture| {
+        let Loaded::Found(found) = fixture.load(find.clone()).await else {
+            panic!()
+        };
+        found[&made.pdu.event_id].pdu.clone()
+    };
+    assert_eq!(found(&fixture).await, redacted);
+    let writes = fixture.appending(&made, state);
+    fixture.commit(writes).await.unwrap();
+    assert_eq!(found(&fixture).await, made.pdu);
+}
+
 /// A room joined with partial state: outliers, the join upon an unknown prev event, the marker.
 async fn partial_room(database: &Database) -> (Fixture, Made, Made) {
     let mut fixture = Fixture::new(database).await;
