@@ -2,7 +2,9 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/#client-authentication>
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -25,6 +27,10 @@ use crate::uia::{Flows, Stage};
 
 /// How long an access token lives when the client can refresh it.
 const ACCESS_TOKEN_LIFE_MS: i64 = 5 * 60 * 1000;
+/// A device's last sight is written once in this time.
+const NOTE_EVERY_MS: i64 = 5 * 60 * 1000;
+/// Devices whose last sight is remembered; beyond, all are written again.
+const NOTED_MAX: usize = 10_000;
 const LOGIN_TOKEN_LIFE_MS: i64 = 2 * 60 * 1000;
 const OPENID_TOKEN_LIFE_MS: i64 = 3600 * 1000;
 /// Long enough for any client's own ids; the whole identifier space of devices is ours to store.
@@ -37,7 +43,13 @@ pub struct Credentials {
     /// Whom an application service wants to be.
     pub user: Option<String>,
     pub device: Option<String>,
+    /// Where the request came from, if that is known.
+    pub address: Option<IpAddr>,
 }
+
+/// When each device was last noted in the store.
+#[derive(Default)]
+pub(crate) struct NotedDevices(Mutex<HashMap<(UserId, String), i64>>);
 
 /// Who is calling.
 #[derive(Clone, Debug)]
@@ -131,6 +143,7 @@ impl Homeserver {
                 .write(move |c| table::end_superseded(c, &token, &old))
                 .await?;
         }
+        self.note_device(&owner.user, &owner.device, credentials.address);
         Ok(Caller {
             user: owner.user,
             device: Some(owner.device),
@@ -685,7 +698,71 @@ impl Homeserver {
                 Ok(())
             })
             .await?;
-        self.delete_all_devices(user).await
+        self.delete_all_devices(user).await?;
+        self.leave_everything(user.clone());
+        Ok(())
+    }
+
+    /// Behind the request: some rooms are other servers' to let go of, and those can be slow.
+    fn leave_everything(&self, user: UserId) {
+        let hs = self.clone();
+        self.tracker().spawn(async move {
+            let who = user.clone();
+            let memberships = hs
+                .store()
+                .read(move |c| storage::sync_reads::memberships(c, &who))
+                .await;
+            let memberships = match memberships {
+                Ok(memberships) => memberships,
+                Err(error) => {
+                    tracing::error!(%user, %error, "the rooms of a deactivated user are not known");
+                    return;
+                }
+            };
+            for membership in memberships {
+                if !matches!(membership.membership.as_str(), "join" | "invite" | "knock") {
+                    continue;
+                }
+                let room = membership.room;
+                if let Err(error) = hs.rooms().leave(&user, &room, None).await {
+                    tracing::warn!(%user, %room, %error, "a deactivated user could not leave");
+                }
+            }
+        });
+    }
+
+    /// Notes now and then that a device was heard of: the list of devices shows it.
+    fn note_device(&self, user: &UserId, device: &str, address: Option<IpAddr>) {
+        let now_ms = self.clock().unix_ms();
+        let mut noted = self
+            .inner
+            .noted_devices
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let key = (user.clone(), device.to_owned());
+        if noted
+            .get(&key)
+            .is_some_and(|at_ms| now_ms - at_ms < NOTE_EVERY_MS)
+        {
+            return;
+        }
+        if noted.len() >= NOTED_MAX {
+            noted.clear();
+        }
+        noted.insert(key.clone(), now_ms);
+        drop(noted);
+        let store = self.store().clone();
+        self.tracker().spawn(async move {
+            let (user, device) = key;
+            let address = address.map(|address| address.to_string());
+            let noted = store.write(move |c| {
+                storage::devices::seen(c, &user, &device, now_ms, address.as_deref())
+            });
+            if let Err(error) = noted.await {
+                tracing::warn!(%error, "the last sight of a device could not be noted");
+            }
+        });
     }
 }
 

@@ -135,11 +135,11 @@ impl Homeserver {
         txn_id: i64,
         events: Vec<Value>,
     ) -> bool {
-        let Some(url) = &service.url else { return true };
+        let (Some(url), Some(client)) = (&service.url, &self.inner.appservice_client) else {
+            return false;
+        };
         let url = format!("{url}/_matrix/app/v1/transactions/{txn_id}");
-        let request = self
-            .inner
-            .appservice_client
+        let request = client
             .put(url)
             .bearer_auth(&service.hs_token)
             .timeout(TIMEOUT)
@@ -188,7 +188,7 @@ impl Homeserver {
     }
 
     async fn ask(&self, service: &Appservice, what: &str, name: &str) -> bool {
-        let Some(url) = &service.url else {
+        let (Some(url), Some(client)) = (&service.url, &self.inner.appservice_client) else {
             return false;
         };
         let Ok(mut url) = reqwest::Url::parse(&format!("{url}/_matrix/app/v1/{what}")) else {
@@ -197,9 +197,7 @@ impl Homeserver {
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.push(name);
         }
-        let request = self
-            .inner
-            .appservice_client
+        let request = client
             .get(url)
             .bearer_auth(&service.hs_token)
             .timeout(QUERY_TIMEOUT);

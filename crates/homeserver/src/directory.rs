@@ -61,7 +61,11 @@ impl Directory<'_> {
         let config = self.homeserver.config();
         let unknown = || MatrixError::not_found("There is no such alias");
         if alias.server_name() == config.server_name {
-            let room = self.local_alias(alias).await?.ok_or_else(unknown)?;
+            let mut room = self.local_alias(alias).await?;
+            if room.is_none() && self.homeserver.ask_appservices_for_alias(alias).await {
+                room = self.local_alias(alias).await?;
+            }
+            let room = room.ok_or_else(unknown)?;
             let servers = self.servers_of(&room).await?;
             return Ok((room, servers));
         }
@@ -108,6 +112,15 @@ impl Directory<'_> {
         if alias.server_name() != self.homeserver.config().server_name {
             return Err(MatrixError::invalid_param(
                 "The alias belongs to another server",
+            ));
+        }
+        let services = self.homeserver.appservices();
+        let own_service = services
+            .iter()
+            .find(|service| service.is_interested_in_user(user));
+        if services.alias_is_reserved(alias.as_str(), own_service.map(AsRef::as_ref)) {
+            return Err(MatrixError::exclusive(
+                "This alias is reserved by an application service",
             ));
         }
         if !crate::membership::is_joined(self.homeserver, room, user).await? {

@@ -124,7 +124,8 @@ struct Inner {
     media: media::State,
     previews: previews::Previews,
     presence: presence::Watch,
-    appservice_client: reqwest::Client,
+    appservice_client: Option<reqwest::Client>,
+    noted_devices: accounts::NotedDevices,
 }
 
 impl Homeserver {
@@ -183,7 +184,8 @@ impl Homeserver {
                 media: media::State::default(),
                 previews: previews::Previews::default(),
                 presence: presence::Watch::default(),
-                appservice_client: reqwest::Client::new(),
+                appservice_client: outbound::trusting_client(),
+                noted_devices: accounts::NotedDevices::default(),
             }),
         }
     }

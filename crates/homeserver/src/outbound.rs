@@ -18,7 +18,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const REDIRECTS_MAX: usize = 5;
 
 pub(crate) struct Outbound {
-    client: Client,
+    /// `None` where no connection can be made, such as on a machine without root certificates.
+    client: Option<Client>,
     ranges: IpRanges,
 }
 
@@ -40,14 +41,14 @@ impl Outbound {
             .timeout(TIMEOUT)
             .redirect(redirects)
             .dns_resolver(Filtered(ranges.clone()))
-            .build()
-            .unwrap_or_default();
+            .build();
+        let client = usable(client);
         Self { client, ranges }
     }
 
     pub async fn get(&self, url: &str) -> Result<Response> {
         let url = self.check(url)?;
-        self.client
+        self.client()?
             .get(url)
             .send()
             .await
@@ -56,12 +57,18 @@ impl Outbound {
 
     pub async fn post(&self, url: &str, body: &serde_json::Value) -> Result<Response> {
         let url = self.check(url)?;
-        self.client
+        self.client()?
             .post(url)
             .json(body)
             .send()
             .await
             .map_err(|error| unreachable(&error))
+    }
+
+    fn client(&self) -> Result<&Client> {
+        self.client
+            .as_ref()
+            .ok_or_else(|| MatrixError::bad_gateway("This server can make no such request"))
     }
 
     fn check(&self, url: &str) -> Result<Url> {
@@ -71,6 +78,17 @@ impl Outbound {
         }
         Ok(url)
     }
+}
+
+/// A client for addresses that the operator has named: no address is refused.
+pub(crate) fn trusting_client() -> Option<Client> {
+    usable(Client::builder().build())
+}
+
+fn usable(client: reqwest::Result<Client>) -> Option<Client> {
+    client
+        .inspect_err(|error| tracing::warn!(%error, "no plain HTTP requests can be made"))
+        .ok()
 }
 
 fn unreachable(error: &reqwest::Error) -> MatrixError {

@@ -28,7 +28,10 @@ impl Homeserver {
         if !self.config().is_ours(user) {
             return self.remote_profile(user, None).await;
         }
-        let fields = self.local_profile(user).await?;
+        let mut fields = self.local_profile(user).await?;
+        if fields.is_none() && self.ask_appservices_for_user(user).await {
+            fields = self.local_profile(user).await?;
+        }
         fields.ok_or_else(|| MatrixError::not_found("There is no such profile"))
     }
 

@@ -22,6 +22,7 @@ use storage::push::{self as table, Action, Pusher};
 use storage::{Conn, streams, timeline};
 
 use crate::Homeserver;
+use crate::client_event::{Unsigned, client_event};
 use crate::error::{MatrixError, Result};
 use crate::outbound;
 use crate::push_rules::{self, PUSH_RULES};
@@ -30,6 +31,9 @@ use crate::push_rules::{self, PUSH_RULES};
 const EVENTS_AT_ONCE: i64 = 100;
 /// Older events than these are history by the time we would notify of them.
 const EVENTS_BACK_MAX: i64 = 1000;
+/// Notifications of one page of `/notifications`.
+const LISTED_DEFAULT: i64 = 50;
+const LISTED_MAX: i64 = 500;
 /// Notifications sent to a gateway in one go.
 const PUSHES_AT_ONCE: i64 = 50;
 /// Pauses between tries; after the last one the next event begins anew.
@@ -121,6 +125,55 @@ impl Homeserver {
             }
         });
         Ok(forgotten.await?)
+    }
+
+    /// `GET /notifications`: what notified the user and is not read, newest first.
+    pub async fn notifications(
+        &self,
+        user: &UserId,
+        from: Option<&str>,
+        limit: Option<i64>,
+        only_highlights: bool,
+    ) -> Result<Value> {
+        let before = match from {
+            None => i64::MAX,
+            Some(token) => token
+                .parse()
+                .map_err(|_| MatrixError::invalid_param("from is no token of this endpoint"))?,
+        };
+        let limit = limit.unwrap_or(LISTED_DEFAULT).clamp(1, LISTED_MAX);
+        let owner = user.clone();
+        let found = self.store().read(move |c| {
+            let actions = table::before(c, &owner, before, only_highlights, limit)?;
+            actions
+                .into_iter()
+                .map(|action| Ok((event_of(c, &action)?, action)))
+                .collect::<storage::Result<Vec<_>>>()
+        });
+        let found = found.await?;
+        let full = i64::try_from(found.len()).unwrap_or(i64::MAX) == limit;
+        let next = found
+            .last()
+            .map(|(_, action)| action.position)
+            .filter(|_| full);
+        let notifications: Vec<Value> = found
+            .into_iter()
+            .filter_map(|(event, action)| {
+                let event = event?;
+                Some(json!({
+                    "actions": serde_json::from_str::<Value>(&action.actions).unwrap_or_default(),
+                    "event": client_event(&event, &Unsigned::default()),
+                    "read": false,
+                    "room_id": action.room_id,
+                    "ts": event.origin_server_ts,
+                }))
+            })
+            .collect();
+        let mut answer = json!({ "notifications": notifications });
+        if let Some(next) = next {
+            answer["next_token"] = next.to_string().into();
+        }
+        Ok(answer)
     }
 
     pub async fn pushers(&self, user: &UserId) -> Result<Vec<Value>> {

@@ -105,7 +105,9 @@ impl Homeserver {
         servers.dedup();
         servers.retain(|server| *server != self.config().server_name);
         for server in servers {
-            let asked = self.client().exchange_third_party_invite(&server, room, &event);
+            let asked = self
+                .client()
+                .exchange_third_party_invite(&server, room, &event);
             match asked.await {
                 Ok(()) => return Ok(()),
                 Err(error) => tracing::debug!(%server, ?error, "no invite was issued"),

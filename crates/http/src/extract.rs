@@ -2,7 +2,7 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/#client-authentication>
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request};
@@ -130,6 +130,7 @@ fn credentials(parts: &Parts) -> Option<Credentials> {
         token,
         user: named(&["user_id"]),
         device: named(&["device_id", "org.matrix.msc3202.device_id"]),
+        address: peer(parts),
     })
 }
 
@@ -273,24 +274,28 @@ impl<S: Send + Sync> FromRequestParts<S> for Token {
 }
 
 /// Where the request came from, when the listener tells. A proxy on this machine is believed.
-pub struct Peer(pub Option<std::net::IpAddr>);
+pub struct Peer(pub Option<IpAddr>);
 
 impl<S: Send + Sync> FromRequestParts<S> for Peer {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self> {
-        let address = parts
-            .extensions
-            .get::<ConnectInfo<SocketAddr>>()
-            .map(|info| info.0.ip());
-        let told = || {
-            let header = parts.headers.get("x-forwarded-for")?.to_str().ok()?;
-            header.rsplit(',').next()?.trim().parse().ok()
-        };
-        Ok(Self(match address {
-            Some(address) if address.is_loopback() => told().or(Some(address)),
-            other => other,
-        }))
+        Ok(Self(peer(parts)))
+    }
+}
+
+fn peer(parts: &Parts) -> Option<IpAddr> {
+    let address = parts
+        .extensions
+        .get::<ConnectInfo<SocketAddr>>()
+        .map(|info| info.0.ip());
+    let told = || {
+        let header = parts.headers.get("x-forwarded-for")?.to_str().ok()?;
+        header.rsplit(',').next()?.trim().parse().ok()
+    };
+    match address {
+        Some(address) if address.is_loopback() => told().or(Some(address)),
+        other => other,
     }
 }
 

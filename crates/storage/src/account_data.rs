@@ -23,9 +23,10 @@ const SET: &str = "INSERT INTO account_data (user_id, room_id, kind, content, po
     VALUES ($1, $2, $3, $4, $5) ON CONFLICT (user_id, room_id, kind)
     DO UPDATE SET content = excluded.content, position = excluded.position";
 const SINCE: &str = "SELECT room_id, kind, content FROM account_data
-    WHERE user_id = $1 AND position > $2 AND position <= $3 ORDER BY position";
+    WHERE user_id = $1 AND position > $2 AND position <= $3 AND (content <> '{}' OR $2 > 0)
+    ORDER BY position";
 const OF_ROOM: &str = "SELECT room_id, kind, content FROM account_data
-    WHERE user_id = $1 AND room_id = $2 ORDER BY kind";
+    WHERE user_id = $1 AND room_id = $2 AND content <> '{}' ORDER BY kind";
 
 pub fn get(c: &mut dyn Conn, user: &UserId, room_id: &str, kind: &str) -> Result<Option<String>> {
     c.query_opt(GET, &[user, &room_id, &kind], |row| row.string(0))
@@ -44,7 +45,8 @@ pub fn set(
     Ok(position)
 }
 
-/// What changed after `from`, up to and with `to`, of all rooms and none.
+/// What changed after `from`, up to and with `to`, of all rooms and none. What was emptied is gone (MSC3391):
+/// that is a change, but nothing to begin with.
 pub fn since(c: &mut dyn Conn, user: &UserId, from: i64, to: i64) -> Result<Vec<Entry>> {
     c.query_all(SINCE, &[user, &from, &to], read_entry)
 }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
-use crate::extract::{Authed, Json, Member, Path, QueryPairs};
+use crate::extract::{Authed, Json, Member, Path, Query, QueryPairs};
 
 pub fn routes() -> Router<Homeserver> {
     Router::new()
@@ -33,6 +33,7 @@ pub fn routes() -> Router<Homeserver> {
             "/pushrules/global/{kind}/{rule}/actions",
             get(actions).put(set_actions),
         )
+        .route("/notifications", get(notifications))
         .route("/pushers", get(pushers))
         .route("/pushers/set", post(set_pusher))
 }
@@ -149,6 +150,28 @@ async fn set_actions(
         .set_push_actions(&caller.user, &kind, &rule, &body.actions)
         .await?;
     Ok(Json(json!({})))
+}
+
+#[derive(Deserialize)]
+struct Page {
+    from: Option<String>,
+    limit: Option<i64>,
+    only: Option<String>,
+}
+
+async fn notifications(
+    State(homeserver): State<Homeserver>,
+    Member(caller): Member,
+    Query(page): Query<Page>,
+) -> Result<Json<Value>> {
+    let only_highlights = page.only.as_deref() == Some("highlight");
+    let list = homeserver.notifications(
+        &caller.user,
+        page.from.as_deref(),
+        page.limit,
+        only_highlights,
+    );
+    Ok(Json(list.await?))
 }
 
 async fn pushers(
