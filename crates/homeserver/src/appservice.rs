@@ -60,12 +60,13 @@ struct RawRegistration {
     hs_token: String,
     sender_localpart: String,
     rate_limited: Option<bool>,
-    #[serde(
-        default,
-        alias = "de.sorunome.msc2409.push_ephemeral",
-        alias = "push_ephemeral"
-    )]
+    #[serde(default)]
     receive_ephemeral: bool,
+    /// The same under its names of earlier days; a file may have all of them.
+    #[serde(default)]
+    push_ephemeral: bool,
+    #[serde(default, rename = "de.sorunome.msc2409.push_ephemeral")]
+    unstable_push_ephemeral: bool,
     #[serde(default)]
     protocols: Option<Vec<String>>,
     #[serde(default)]
@@ -125,7 +126,9 @@ impl Appservice {
             hs_token: raw.hs_token,
             sender,
             rate_limited: raw.rate_limited.unwrap_or(true),
-            receive_ephemeral: raw.receive_ephemeral,
+            receive_ephemeral: raw.receive_ephemeral
+                || raw.push_ephemeral
+                || raw.unstable_push_ephemeral,
             protocols: raw.protocols.unwrap_or_default(),
             users: namespaces(raw.namespaces.users)?,
             rooms: namespaces(raw.namespaces.rooms)?,

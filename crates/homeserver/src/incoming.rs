@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protocol::edu::Edu;
-use protocol::id::{EventId, RoomId, ServerName};
+use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use room::acl;
@@ -247,8 +247,37 @@ impl Homeserver {
             Edu::SigningKeyUpdate(update) => self.on_signing_key_update(origin, update).await,
             Edu::DirectToDevice(message) => self.on_direct_to_device(origin, message).await,
             Edu::Presence(updates) => self.on_presence(origin, updates).await,
-            Edu::Typing(_) | Edu::Receipts(_) => Ok(()),
+            Edu::Typing(typing) => {
+                let room = &typing.room_id;
+                if self.may_tell(origin, room, &typing.user_id).await? {
+                    crate::typing::set_remote(self, room, &typing.user_id, typing.typing);
+                }
+                Ok(())
+            }
+            Edu::Receipts(receipts) => {
+                for receipt in receipts {
+                    if self
+                        .may_tell(origin, &receipt.room_id, &receipt.user_id)
+                        .await?
+                    {
+                        crate::receipts::take_remote(self, receipt).await?;
+                    }
+                }
+                Ok(())
+            }
         }
+    }
+}
+
+impl Homeserver {
+    /// Whether a server may say what its user does in a room: it is in the room, as far as we can see, and
+    /// the room's ACL lets it (P-62, P-63, MSC4163).
+    async fn may_tell(&self, origin: &ServerName, room: &RoomId, user: &UserId) -> Result<bool> {
+        if user.server_str() != origin.as_str() {
+            return Ok(false);
+        }
+        let open = self.door(room, origin).await?.is_some_and(|door| door.open);
+        Ok(open && self.rooms().servers(room).await?.contains(origin))
     }
 }
 

@@ -70,62 +70,18 @@ pub async fn set(
     Ok(())
 }
 
-/// Takes an `m.receipt` EDU. The caller has checked nothing but the origin's signature.
-pub async fn take_edu(
-    homeserver: &Homeserver,
-    origin: &protocol::id::ServerName,
-    content: &Map<String, Value>,
-) -> Result<()> {
-    for receipt in read_edu(origin, content) {
-        store(homeserver, receipt).await?;
-    }
-    Ok(())
-}
-
-/// Receipts in one EDU beyond this many are dropped.
-const EDU_RECEIPTS_MAX: usize = 1000;
-
-/// P-63: users of the origin only; the event need not be known.
-fn read_edu(origin: &protocol::id::ServerName, content: &Map<String, Value>) -> Vec<Receipt> {
-    let mut receipts = Vec::new();
-    for (room, kinds) in content {
-        let Ok(room) = RoomId::parse(room) else {
-            continue;
-        };
-        let Some(users) = kinds.get("m.read").and_then(Value::as_object) else {
-            continue;
-        };
-        for (user, receipt) in users {
-            let Ok(user) = UserId::parse(user) else {
-                continue;
-            };
-            let event = receipt
-                .get("event_ids")
-                .and_then(|ids| ids.get(0))
-                .and_then(Value::as_str)
-                .and_then(|id| EventId::parse(id).ok());
-            let Some(event) = event.filter(|_| user.server_str() == origin.as_str()) else {
-                continue;
-            };
-            let data = receipt.get("data");
-            let thread = data
-                .and_then(|data| data.get("thread_id"))
-                .and_then(Value::as_str);
-            let ts = data.and_then(|data| data.get("ts")).and_then(Value::as_i64);
-            receipts.push(Receipt {
-                room: room.clone(),
-                user,
-                kind: "m.read".to_owned(),
-                thread: thread.map(str::to_owned),
-                event,
-                ts: ts.unwrap_or(0),
-            });
-            if receipts.len() >= EDU_RECEIPTS_MAX {
-                return receipts;
-            }
-        }
-    }
-    receipts
+/// Takes a receipt of another server's user (P-63: the event need not be known). The caller has checked
+/// that the user is of the origin, and that the origin is in the room.
+pub async fn take_remote(homeserver: &Homeserver, receipt: protocol::edu::Receipt) -> Result<()> {
+    let receipt = Receipt {
+        room: receipt.room_id,
+        user: receipt.user_id,
+        kind: receipt.kind,
+        thread: receipt.thread_id,
+        event: receipt.event_id,
+        ts: receipt.ts.unwrap_or(0),
+    };
+    store(homeserver, receipt).await
 }
 
 async fn store(homeserver: &Homeserver, receipt: Receipt) -> Result<()> {

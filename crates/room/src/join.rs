@@ -187,9 +187,6 @@ struct Ending {
 impl Join {
     pub fn new(own: Own, request: JoinRequest, options: JoinOptions) -> Self {
         let mut this = Self::blank(own, request, options);
-        this.out.tell(Tell::PrefetchKeys {
-            servers: this.candidates.iter().cloned().collect(),
-        });
         this.state = State::Opening(this.out.load(&this.request.room, Load::Head));
         this
     }
@@ -447,6 +444,10 @@ impl Join {
         };
         match template::complete(&order, event, version, &self.own, now) {
             Ok(pdu) => {
+                // Fetched while our event is on its way: most of what comes back is signed by it.
+                self.out.tell(Tell::PrefetchKeys {
+                    servers: vec![asked.server.clone()],
+                });
                 let signed = Signed {
                     restricted: is_restricted(&pdu),
                     pdu: Arc::new(pdu),
