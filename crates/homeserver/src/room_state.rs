@@ -171,7 +171,11 @@ fn state_at(view: &mut RoomView<'_>, at: PageToken) -> storage::Result<StateMap>
         // A place between events of one fork is not the whole room; the newest position is.
         return match at.place {
             Some(_) => Ok(last.after),
-            None => storage::states::at_position(view.c, nid, last.stream),
+            None => {
+                let held = storage::states::at_position(view.c, nid, last.stream)?;
+                // What was held then may have been partial; the event's state is whole by now (C-11).
+                Ok(if held.len() < last.after.len() { last.after } else { held })
+            }
         };
     }
     let first = timeline::Stretch {

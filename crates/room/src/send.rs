@@ -11,6 +11,7 @@ use protocol::build::PduDraft;
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
+use protocol::power::PowerLevels;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 use serde_json::{Map, Value};
@@ -365,7 +366,12 @@ impl Sending {
         };
         facts.number(version, [pdu.event_id.clone()], [])?;
         if let Err(reason) = facts.check_against(&pdu, &before)? {
-            return Ok(Err(Refusal::forbidden(reason).into()));
+            let create = facts.state_events(&before, &[create_key()])?;
+            let create = create.values().next().map(|(_, pdu)| &**pdu);
+            return Ok(Err(match names_creator(&pdu, create) {
+                true => Refusal::bad_json(reason).into(),
+                false => Refusal::forbidden(reason).into(),
+            }));
         }
         let previous = facts.state_events(&before, own_key.as_slice())?;
         let was = previous.into_values().next().map(|(_, pdu)| pdu);
@@ -572,4 +578,21 @@ pub(crate) fn destinations(
         true => FanOut::Nobody,
         false => FanOut::Servers(servers.into_iter().collect()),
     }
+}
+
+/// Whether power levels list a creator, who is above all levels: a slip in the event, not a lack of power
+/// (U-35, version 12).
+fn names_creator(pdu: &Pdu, create: Option<&Pdu>) -> bool {
+    if &*pdu.kind != "m.room.power_levels" || !pdu.version.rules().privileged_creators {
+        return false;
+    }
+    let content = pdu.content_value();
+    let users = content.get("users").and_then(Value::as_object);
+    let power = PowerLevels::of(pdu.version, create, None);
+    users.is_some_and(|users| {
+        power
+            .creators()
+            .iter()
+            .any(|creator| users.contains_key(creator.as_str()))
+    })
 }

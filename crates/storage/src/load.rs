@@ -319,7 +319,8 @@ fn rule_keys<'b>(
     room: RoomNid,
     bodies: impl IntoIterator<Item = &'b Body>,
 ) -> Result<BTreeMap<StateKey, KeyNid>> {
-    let mut wanted = BTreeSet::new();
+    // Read by the rules of every event, and in version 12 named by none.
+    let mut wanted = BTreeSet::from([("m.room.create".into(), "".into())]);
     for body in bodies {
         wanted.extend(protocol::auth::auth_types_of(&body.pdu));
         if let Some(state_key) = &body.pdu.state_key {
