@@ -180,6 +180,9 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
 async fn pay_debts(hs: &Homeserver) {
     let mut pause = DEBT_PAUSE_MIN;
     loop {
+        // Not at once: whoever failed to join often tries again, and a join that succeeds settles the debt.
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DEBT_PAUSE_MAX);
         let intents = match hs.store().read(queues::intents).await {
             Ok(intents) => intents,
             Err(error) => {
@@ -199,7 +202,5 @@ async fn pay_debts(hs: &Homeserver) {
                 tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
             }
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(DEBT_PAUSE_MAX);
     }
 }
