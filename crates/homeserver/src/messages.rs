@@ -491,6 +491,13 @@ fn around(
     })
 }
 
+/// The events before and after, and the tokens beyond them.
+pub type Surroundings = (
+    Vec<Map<String, Value>>,
+    Vec<Map<String, Value>>,
+    [PageToken; 2],
+);
+
 /// Events before and after an event, nearest first, for search results: client forms and two tokens.
 pub fn context_of(
     view: &mut RoomView<'_>,
@@ -498,11 +505,7 @@ pub fn context_of(
     before: usize,
     after: usize,
     now_ms: i64,
-) -> storage::Result<(
-    Vec<Map<String, Value>>,
-    Vec<Map<String, Value>>,
-    [PageToken; 2],
-)> {
+) -> storage::Result<Surroundings> {
     let everything = PageToken {
         stream: None,
         place: None,

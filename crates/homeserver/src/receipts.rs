@@ -161,19 +161,4 @@ mod tests {
         assert!(show("@a:x").is_some());
         assert!(show("@b:x").is_none());
     }
-
-    #[test]
-    fn receipts_of_other_servers_users_are_dropped() {
-        let origin = protocol::id::ServerName::parse("x").unwrap();
-        let Value::Object(content) = json!({"!r:x": {"m.read": {
-            "@a:x": {"event_ids": ["$e"], "data": {"ts": 1}},
-            "@a:y": {"event_ids": ["$e"], "data": {"ts": 1}},
-        }}}) else {
-            unreachable!()
-        };
-        assert_eq!(
-            read_edu(&origin, &content),
-            [receipt("@a:x", "m.read", None)]
-        );
-    }
 }

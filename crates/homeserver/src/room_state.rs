@@ -174,7 +174,11 @@ fn state_at(view: &mut RoomView<'_>, at: PageToken) -> storage::Result<StateMap>
             None => {
                 let held = storage::states::at_position(view.c, nid, last.stream)?;
                 // What was held then may have been partial; the event's state is whole by now (C-11).
-                Ok(if held.len() < last.after.len() { last.after } else { held })
+                Ok(if held.len() < last.after.len() {
+                    last.after
+                } else {
+                    held
+                })
             }
         };
     }

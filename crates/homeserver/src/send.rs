@@ -150,7 +150,7 @@ async fn once(
     }
     let draft = Draft {
         sender: sender.user,
-        kind: kind.into(),
+        kind,
         state_key: None,
         content,
         redacts,

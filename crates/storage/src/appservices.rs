@@ -13,8 +13,7 @@ pub struct Progress {
     pub txn_id: i64,
 }
 
-const PROGRESS: &str =
-    "SELECT position, txn_id FROM appservice_progress WHERE appservice = $1";
+const PROGRESS: &str = "SELECT position, txn_id FROM appservice_progress WHERE appservice = $1";
 const SET_PROGRESS: &str = "INSERT INTO appservice_progress (appservice, position, txn_id)
     VALUES ($1, $2, $3) ON CONFLICT (appservice)
     DO UPDATE SET position = excluded.position, txn_id = excluded.txn_id";

@@ -93,7 +93,7 @@ pub fn build(c: &mut dyn Conn, ask: &Ask, typing: &Typing, sent: &SentMembers) -
     }
     anything |= look.global_account_data(&mut body);
     anything |= look.presence(&mut body)?;
-    anything |= look.to_device(&mut body)?;
+    anything |= look.add_to_device(&mut body)?;
     anything |= look.devices(&mut body)?;
     Ok(Built {
         body,
@@ -472,7 +472,7 @@ impl Look<'_> {
         Ok(others)
     }
 
-    fn to_device(&mut self, body: &mut Map<String, Value>) -> Result<bool> {
+    fn add_to_device(&mut self, body: &mut Map<String, Value>) -> Result<bool> {
         let Some(device) = &self.ask.reader.device else {
             return Ok(false);
         };

@@ -71,7 +71,7 @@ impl Filter {
     /// Reads a filter as stored or as given inline; a malformed one is the client's error.
     pub fn parse(text: &str) -> Result<Self, MatrixError> {
         let filter: Self = serde_json::from_str(text)
-            .map_err(|e| MatrixError::bad_json(&format!("not a filter: {e}")))?;
+            .map_err(|e| MatrixError::bad_json(format!("not a filter: {e}")))?;
         filter.check()?;
         Ok(filter)
     }
@@ -124,7 +124,7 @@ impl EventFilter {
     /// A room event filter from the `filter` query parameter of `/messages` and `/context`.
     pub fn parse(text: &str) -> Result<Self, MatrixError> {
         let filter: Self = serde_json::from_str(text)
-            .map_err(|e| MatrixError::bad_json(&format!("not a filter: {e}")))?;
+            .map_err(|e| MatrixError::bad_json(format!("not a filter: {e}")))?;
         filter.check()?;
         Ok(filter)
     }
@@ -197,7 +197,7 @@ fn check_ids<'a>(ids: impl Iterator<Item = &'a String>, sigil: char) -> Result<(
             ));
         }
         if !id.starts_with(sigil) {
-            return Err(MatrixError::invalid_param(&format!(
+            return Err(MatrixError::invalid_param(format!(
                 "{id} is no such identifier"
             )));
         }
