@@ -43,6 +43,7 @@ impl Homeserver {
         if applied.room.is_some() && !clears {
             self.introduce_devices(&room, &applied);
         }
+        self.carry_over(&room, &applied);
         if applied.became_full.is_some() {
             self.tasks().room_is_full(&room, &applied);
         }
@@ -65,6 +66,23 @@ impl Homeserver {
 }
 
 impl Homeserver {
+    /// Our users that came into a replacement of a room they know keep what they had there.
+    fn carry_over(&self, room: &RoomId, applied: &Applied) {
+        for change in &applied.memberships {
+            let came =
+                change.after.as_deref() == Some("join") && change.before.as_deref() != Some("join");
+            if !change.local || !came {
+                continue;
+            }
+            let (hs, room, user) = (self.clone(), room.clone(), change.user.clone());
+            self.tracker().spawn(async move {
+                if let Err(error) = crate::upgrade::carry_over(&hs, &user, &room).await {
+                    tracing::warn!(%room, %user, %error, "nothing was carried over from the old room");
+                }
+            });
+        }
+    }
+
     /// J-79: servers that meet one of our users for the first time hear of their devices. Not while the
     /// room is partial: the first real change brings those up to date.
     fn introduce_devices(&self, room: &RoomId, applied: &Applied) {

@@ -6,10 +6,12 @@ mod backfill;
 mod event;
 mod event_auth;
 mod get_missing_events;
+mod hierarchy;
 mod invite;
 mod make_membership;
 mod media;
 mod openid_userinfo;
+mod public_rooms;
 mod query_directory;
 mod query_profile;
 mod send;
@@ -53,12 +55,17 @@ pub fn routes() -> Router<Homeserver> {
         )
         .route(&v1("invite/{room}/{event}"), put(invite::v1))
         .route(&v2("invite/{room}/{event}"), put(invite::v2))
+        .route(&v1("hierarchy/{room}"), get(hierarchy::handle))
         .route(&v1("make_join/{room}/{user}"), get(make_membership::join))
         .route(&v1("make_knock/{room}/{user}"), get(make_membership::knock))
         .route(&v1("make_leave/{room}/{user}"), get(make_membership::leave))
         .route(&v1("media/download/{media}"), get(media::download))
         .route(&v1("media/thumbnail/{media}"), get(media::thumbnail))
         .route(&v1("openid/userinfo"), get(openid_userinfo::handle))
+        .route(
+            &v1("publicRooms"),
+            get(public_rooms::list).post(public_rooms::search),
+        )
         .route(&v1("query/directory"), get(query_directory::handle))
         .route(&v1("query/profile"), get(query_profile::handle))
         .route(&v1("send/{txn}"), put(send::handle))

@@ -1,5 +1,6 @@
 //! What /sync asks about a user across rooms: memberships, shared rooms, what changed for whom.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use protocol::id::{RoomId, UserId};
@@ -42,6 +43,10 @@ const ALL_SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN mem
     AND b.membership = 'join'";
 const PRESENCE_CHANGED: &str =
     "SELECT user_id FROM presence WHERE position > $1 AND position <= $2";
+const ROOMS_WITH_EVENTS: &str =
+    "SELECT DISTINCT room_nid FROM events WHERE place = 1 AND position > $1 AND position <= $2";
+const ROOMS_WITH_RECEIPTS: &str =
+    "SELECT DISTINCT room_id FROM receipts WHERE position > $1 AND position <= $2";
 const FORGOTTEN: &str = "SELECT room_id, at FROM forgotten_rooms WHERE user_id = $1";
 const FORGET: &str = "INSERT INTO forgotten_rooms (user_id, room_id, at) VALUES ($1, $2, $3)
     ON CONFLICT (user_id, room_id) DO UPDATE SET at = excluded.at";
@@ -146,6 +151,18 @@ pub fn all_sharing(c: &mut dyn Conn, user: &UserId) -> Result<Vec<UserId>> {
 /// Whose presence changed after one position and up to another.
 pub fn presence_changed(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<Vec<UserId>> {
     c.query_all(PRESENCE_CHANGED, &[&after, &up_to], |row| row.id(0))
+}
+
+/// Rooms whose timeline grew after one position and up to another.
+pub fn rooms_with_events(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<BTreeSet<RoomNid>> {
+    let rooms = c.query_all(ROOMS_WITH_EVENTS, &[&after, &up_to], |row| row.room_nid(0))?;
+    Ok(rooms.into_iter().collect())
+}
+
+/// Rooms in which somebody read something after one position and up to another.
+pub fn rooms_with_receipts(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<BTreeSet<RoomId>> {
+    let rooms = c.query_all(ROOMS_WITH_RECEIPTS, &[&after, &up_to], |row| row.id(0))?;
+    Ok(rooms.into_iter().collect())
 }
 
 /// The rooms a user has forgotten, each with the position up to which.

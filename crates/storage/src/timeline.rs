@@ -99,7 +99,7 @@ const PLACES: &str = "SELECT nid, place FROM events
     WHERE place > 0 AND nid IN (SELECT value FROM rarray($1))";
 const MEMBER_AMONG: &str = "SELECT e.nid FROM events e JOIN event_ids i ON i.nid = e.nid
     WHERE i.event_id IN (SELECT value FROM rarray_text($1))
-    AND e.kind = 'm.room.member' AND e.state_key = $2 LIMIT 1";
+    AND e.kind = 'm.room.member' AND e.state_key = $2 AND e.verdict = 0 LIMIT 1";
 const TRANSACTION: &str = "SELECT i.event_id FROM client_transactions t JOIN event_ids i
     ON i.nid = t.event_nid WHERE t.user_id = $1 AND t.device = $2 AND t.room_nid = $3 AND t.txn_id = $4";
 

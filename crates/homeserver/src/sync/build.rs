@@ -39,12 +39,19 @@ pub fn build(c: &mut dyn Conn, ask: &Ask, typing: &Typing, sent: &SentMembers) -
         account_data: BTreeMap::new(),
         came: Vec::new(),
         went: Vec::new(),
+        stirred: None,
         ignored,
     };
     look.read_account_data()?;
     if let Some(since) = ask.since {
         let full = sync_reads::became_full(look.c, since.became_full, next.became_full)?;
         look.full = full.into_iter().collect();
+        if !ask.full_state {
+            look.stirred = Some((
+                sync_reads::rooms_with_events(look.c, since.events, next.events)?,
+                sync_reads::rooms_with_receipts(look.c, since.receipts, next.receipts)?,
+            ));
+        }
     }
     let forgotten: BTreeMap<RoomId, i64> = sync_reads::forgotten(look.c, &ask.reader.user)?
         .into_iter()
@@ -142,6 +149,8 @@ struct Look<'a> {
     /// Rooms that the user was not in at the token, and those that the user is not in any more.
     came: Vec<RoomNid>,
     went: Vec<(RoomNid, i64)>,
+    /// Rooms in which there are events or receipts since the token; `None` for everything.
+    stirred: Option<(BTreeSet<RoomNid>, BTreeSet<RoomId>)>,
     /// Whose events the user does not want to see.
     ignored: BTreeSet<UserId>,
 }
@@ -163,6 +172,9 @@ impl Look<'_> {
 
     fn joined(&mut self, membership: &Membership) -> Result<Option<Value>> {
         let ask = self.ask;
+        if self.nothing_stirred(membership) {
+            return Ok(None);
+        }
         let Some(row) = timeline::room(self.c, &membership.room)? else {
             return Ok(None);
         };
@@ -199,10 +211,8 @@ impl Look<'_> {
             told.body
                 .insert("unread_thread_notifications".to_owned(), threads);
         }
-        if newly && !was_joined {
-            self.came.push(nid);
-        } else if newly {
-            // All members are told as changed to a client that never saw the room (P-31).
+        if newly {
+            // All members are told as changed to a client that did not see the room so far (P-31).
             self.came.push(nid);
         }
         let ephemeral = self.ephemeral(&membership.room, fresh)?;
@@ -217,6 +227,21 @@ impl Look<'_> {
         told.body
             .insert("account_data".to_owned(), json!({ "events": account_data }));
         Ok(anything.then_some(Value::Object(told.body)))
+    }
+
+    /// Most rooms of most users are silent between two requests; those need no closer look.
+    fn nothing_stirred(&self, membership: &Membership) -> bool {
+        let (Some(since), Some((events, receipts))) = (self.ask.since, &self.stirred) else {
+            return false;
+        };
+        !events.contains(&membership.nid)
+            && !receipts.contains(&membership.room)
+            && !self.full.contains(&membership.nid)
+            && !self.account_data.contains_key(membership.room.as_str())
+            && self
+                .typing
+                .changed(&membership.room, since.typing)
+                .is_none()
     }
 
     fn ephemeral(&mut self, room: &RoomId, fresh: bool) -> Result<Vec<Value>> {

@@ -49,8 +49,9 @@ fn moves(
     if after >= up_to {
         return Ok((joined, left));
     }
+    let grown = sync_reads::rooms_with_events(c, after, up_to)?;
     for membership in sync_reads::memberships(c, &ask.reader.user)? {
-        if membership.membership != "join" {
+        if membership.membership != "join" || !grown.contains(&membership.nid) {
             continue;
         }
         let events = timeline::member_events(c, membership.nid, after, up_to, CHANGES_MAX)?;

@@ -325,9 +325,10 @@ impl Lazy<'_> {
                     && self
                         .sent
                         .has(&cache_key, &user, event, self.span.after.unwrap_or(0));
-                if let Some(key) = key
-                    && !known
-                {
+                if !known {
+                    // A membership that was never state here has no key of its own.
+                    let place = u32::try_from(told.len()).unwrap_or(u32::MAX);
+                    let key = key.unwrap_or(KeyNid(u32::MAX - place));
                     chosen.entry(key).or_insert(event);
                     told.push((user, event));
                 }

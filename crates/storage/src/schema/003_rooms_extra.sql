@@ -28,7 +28,8 @@ CREATE TABLE receipts (
     position BIGINT NOT NULL,
     PRIMARY KEY (room_id, user_id, kind, thread)
 );
-CREATE INDEX receipts_by_position ON receipts (room_id, position);
+CREATE INDEX receipts_by_room ON receipts (room_id, position);
+CREATE INDEX receipts_by_position ON receipts (position);
 
 -- m.relates_to of accepted events.
 CREATE TABLE relations (
