@@ -99,8 +99,24 @@ impl Bounds {
     pub fn token_at(&self, event: &TimelineEvent) -> PageToken {
         PageToken {
             stream: self.from.stream,
-            place: Some((event.pdu.depth, event.stream)),
+            place: Some(boundary(event, self.direction)),
         }
+    }
+}
+
+/// The place that a walk this way goes on from when it has passed the event. A place lies just before the
+/// event that it names.
+fn boundary(event: &TimelineEvent, direction: Direction) -> (i64, i64) {
+    match direction {
+        Direction::Back => (event.pdu.depth, event.stream),
+        Direction::Forward => (event.pdu.depth, event.stream + 1),
+    }
+}
+
+fn beside(event: &TimelineEvent, direction: Direction) -> PageToken {
+    PageToken {
+        stream: None,
+        place: Some(boundary(event, direction)),
     }
 }
 
@@ -250,7 +266,7 @@ impl Look {
                     return Ok(page);
                 }
                 scanned += 1;
-                stretch.from = (event.pdu.depth, event.stream);
+                stretch.from = boundary(&event, self.bounds.direction);
                 let token = self.bounds.token_at(&event);
                 let hole = event.hole;
                 if self.wants(view, &event)? {
@@ -435,17 +451,13 @@ impl Context {
         let shown = view.dress(std::slice::from_ref(&event), now_ms)?.pop();
         let start = around.before.last().unwrap_or(&event);
         let end = around.after.last().unwrap_or(&event);
-        let place = |event: &TimelineEvent| PageToken {
-            stream: None,
-            place: Some((event.pdu.depth, event.stream)),
-        };
         Ok(Some(json!({
             "event": shown,
             "events_before": view.dress(&around.before, now_ms)?,
             "events_after": view.dress(&around.after, now_ms)?,
             "state": view.dress_state(&nids, now_ms)?,
-            "start": place(start).to_string(),
-            "end": place(end).to_string(),
+            "start": beside(start, Direction::Back).to_string(),
+            "end": beside(end, Direction::Forward).to_string(),
         })))
     }
 }
@@ -462,10 +474,6 @@ fn around(
     before: usize,
     after: usize,
 ) -> storage::Result<Around> {
-    let from = PageToken {
-        stream: None,
-        place: Some((event.pdu.depth, event.stream)),
-    };
     let mut side = |direction: Direction, limit: usize| {
         if limit == 0 {
             return Ok(Vec::new());
@@ -473,7 +481,7 @@ fn around(
         let look = Look {
             bounds: Bounds {
                 direction,
-                from,
+                from: beside(event, direction),
                 to: None,
             },
             limit,
@@ -524,13 +532,9 @@ pub fn context_of(
         last_try: true,
     };
     let around = around(view, &look, event, before, after)?;
-    let token = |event: &TimelineEvent| PageToken {
-        stream: None,
-        place: Some((event.pdu.depth, event.stream)),
-    };
     let tokens = [
-        token(around.before.last().unwrap_or(event)),
-        token(around.after.last().unwrap_or(event)),
+        beside(around.before.last().unwrap_or(event), Direction::Back),
+        beside(around.after.last().unwrap_or(event), Direction::Forward),
     ];
     Ok((
         view.dress(&around.before, now_ms)?,

@@ -29,7 +29,7 @@ const ANNOTATION: &str = "SELECT 1 FROM relations r JOIN event_ids i ON i.nid = 
 
 /// The selection of events that relate to an event; an empty rel_type or kind is any.
 macro_rules! related {
-    ($comparison:literal, $order:literal) => {
+    ($comparison:literal, $at:literal, $order:literal) => {
         concat!(
             "SELECT e.nid FROM relations r JOIN events e ON e.nid = r.event_nid
             WHERE r.parent = $1 AND e.room_nid = $2 AND e.place > 0 AND e.verdict = 0
@@ -38,7 +38,7 @@ macro_rules! related {
             AND (e.depth ",
             $comparison,
             " $7 OR (e.depth = $7 AND e.position ",
-            $comparison,
+            $at,
             " $8)) ORDER BY ",
             $order,
             " LIMIT $9"
@@ -46,8 +46,8 @@ macro_rules! related {
     };
 }
 
-const BACK: &str = related!("<", "e.depth DESC, e.position DESC");
-const FORTH: &str = related!(">", "e.depth, e.position");
+const BACK: &str = related!("<", "<", "e.depth DESC, e.position DESC");
+const FORTH: &str = related!(">", ">=", "e.depth, e.position");
 
 const THREADS: &str = "SELECT r.parent, MAX(e.position) AS latest FROM relations r
     JOIN events e ON e.nid = r.event_nid

@@ -76,7 +76,7 @@ const BACK: &str = events!(
 );
 const FORTH: &str = events!(
     "e.room_nid = $1 AND e.position > $2 AND e.position <= $3
-    AND (e.depth > $4 OR (e.depth = $4 AND e.position > $5))
+    AND (e.depth > $4 OR (e.depth = $4 AND e.position >= $5))
     ORDER BY e.depth, e.position LIMIT $6"
 );
 const BY_NIDS: &str = events!("e.nid IN (SELECT value FROM rarray($1)) ORDER BY e.position");
@@ -151,7 +151,8 @@ pub struct Stretch {
     pub after: i64,
     /// … and up to this one.
     pub up_to: i64,
-    /// Where the walk begins: before or after this place, as it goes. The place itself is not in it.
+    /// Where the walk begins: just before this place. Going back the place itself is not in it, going
+    /// forth it is.
     pub from: (i64, i64),
 }
 
