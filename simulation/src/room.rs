@@ -394,7 +394,7 @@ impl World {
             let key = user.to_string();
             let content = json!({ "membership": "join" });
             self.send(server, Draft::state(user, "m.room.member", &key, content));
-        } else if !self.servers[server].joining {
+        } else if !self.servers[server].joining && !self.servers[server].is_paying() {
             self.join_remotely(server, user);
         }
     }
@@ -565,6 +565,7 @@ impl World {
             }
             (Task::Join(_), End::Joined(joined)) => {
                 self.servers[server].joining = false;
+                self.forgive(server);
                 let how = match joined {
                     Ok(joined) => format!("joined, partial: {}", joined.partial),
                     Err(refusal) => format!("not joined: {refusal}"),
@@ -585,6 +586,15 @@ impl World {
                 }
             }
             (_, _) => {}
+        }
+    }
+
+    /// Whoever is in the room owes it no leave.
+    fn forgive(&mut self, server: usize) {
+        let joined = self.joined_here(server);
+        let here = &mut self.servers[server];
+        if let Some(room) = here.store.rooms.get_mut(&self.room) {
+            room.owed.retain(|job| !joined.contains(&here.jobs[job]));
         }
     }
 
@@ -630,7 +640,14 @@ impl World {
     fn crash(&mut self, server: usize) {
         self.note(server, "crash");
         let crashed = &mut self.servers[server];
-        crashed.tasks.clear();
+        // Staged events are on disk until they are dealt with.
+        for task in std::mem::take(&mut crashed.tasks).into_values() {
+            if let Task::Receive(_, from, batch) = task {
+                for pdu in batch.into_iter().rev() {
+                    crashed.inbox.push_front((from, pdu));
+                }
+            }
+        }
         crashed.receiving = false;
         crashed.resyncing = false;
         crashed.joining = false;
@@ -689,6 +706,9 @@ impl World {
         if self.joined_here(server).contains(&user) {
             let room = self.servers[server].store.rooms.get_mut(&self.room);
             room.expect("it owes").owed.remove(&job);
+            return;
+        }
+        if self.servers[server].joining || self.servers[server].is_paying() {
             return;
         }
         let candidates = self.servers.iter().map(|s| s.own.name.clone()).collect();
@@ -1118,6 +1138,13 @@ impl Server {
             outbox: BTreeMap::new(),
             jobs: BTreeMap::new(),
         }
+    }
+}
+
+impl Server {
+    fn is_paying(&self) -> bool {
+        let mut tasks = self.tasks.values();
+        tasks.any(|task| matches!(task, Task::Leave(_)))
     }
 }
 
