@@ -1,0 +1,51 @@
+//! Seeds that once broke a law. Each is named for what was wrong.
+
+use simulation::fixture::Fixture;
+use simulation::{machine, room};
+
+fn check_room(seed: u64) {
+    if let Err((broken, _)) = room::run(seed) {
+        panic!("room seed {seed}: {broken}");
+    }
+}
+
+#[test]
+fn a_lost_event_answer_left_a_hole_in_the_full_state() {
+    for seed in [9, 35, 36] {
+        check_room(seed);
+    }
+}
+
+#[test]
+fn a_join_that_came_as_an_event_before_its_answer_was_placed_twice() {
+    check_room(87);
+}
+
+#[test]
+fn version_12_auth_events_were_rejected_for_want_of_the_create_event() {
+    check_room(208);
+}
+
+#[test]
+fn a_second_join_was_left_out_of_the_state_it_made() {
+    check_room(265);
+}
+
+#[test]
+fn one_seed_gives_one_trace() {
+    let fixture = Fixture::new();
+    for seed in [1, 17, 39] {
+        let trace = || {
+            machine::run(&fixture, seed)
+                .map(|run| run.trace)
+                .expect("the laws hold")
+        };
+        assert_eq!(trace(), trace());
+        let trace = || {
+            room::run(seed)
+                .map(|run| run.trace)
+                .map_err(|(broken, _)| broken)
+        };
+        assert_eq!(trace(), trace());
+    }
+}
