@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
 import time
 from urllib.parse import quote
 
 import requests
 
 _transaction = itertools.count(1)
+# On a machine that is busy with other things, everything takes longer.
+PATIENCE = float(os.environ.get("INTEROP_PATIENCE", 1))
 LAZY = json.dumps(
     {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 100}}}
 )
@@ -21,6 +24,7 @@ class MatrixError(Exception):
 
 def wait_until(condition, what, timeout=30):
     """Calls `condition` until it gives something true, and returns that."""
+    timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     while not (result := condition()):
         if time.monotonic() > deadline:
@@ -41,7 +45,7 @@ class Client:
 
     def call(self, method, path, body=None, query=None, timeout=60):
         response = self.http.request(
-            method, self.base_url + path, json=body, params=query, timeout=timeout
+            method, self.base_url + path, json=body, params=query, timeout=timeout * PATIENCE
         )
         try:
             content = response.json()

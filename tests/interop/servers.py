@@ -19,13 +19,18 @@ import time
 from pathlib import Path
 
 import requests
-from client import Client, wait_until
+from client import PATIENCE, Client, wait_until
 from proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_SECRET = "interop"
-START_LIMIT = 60  # seconds; a busy machine imports Synapse slowly
-_users = itertools.count(1)
+START_LIMIT = 60  # seconds
+_fresh = itertools.count(1)
+
+
+def fresh(word):
+    """A name that no user and no alias has yet."""
+    return f"{word}{next(_fresh)}"
 
 
 def free_port():
@@ -72,12 +77,21 @@ class Server:
         self.log_path = directory / "log"
         self.process = None
         self.configure()
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self):
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(), cwd=self.directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                self.command(),
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the tests, which then end the servers
             )
 
         def answers():
@@ -85,7 +99,7 @@ class Server:
                 tail = self.log_path.read_text(errors="replace")[-3000:]
                 raise AssertionError(f"{self.command()[0]} ended at its start:\n{tail}")
             with contextlib.suppress(requests.ConnectionError):
-                return requests.get(self.base_url + "/_matrix/client/versions", timeout=5).ok
+                return requests.get(self.base_url + "/_matrix/client/versions", timeout=5 * PATIENCE).ok
 
         wait_until(answers, f"{self.directory.name} answers", START_LIMIT)
 
@@ -97,23 +111,23 @@ class Server:
         """Ends it gracefully; fails the test if it takes long."""
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(20 * PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"{self.directory.name} does not end on SIGTERM") from None
 
     def close(self):
         try:
-            if self.process.poll() is None:
+            if self.process and self.process.poll() is None:
                 self.stop()
         finally:
             self.proxy.close()
 
     def user(self, localpart="user", admin=False):
         """A new user, logged in."""
-        localpart, password = f"{localpart}{next(_users)}", "correct horse battery staple"
+        localpart, password = fresh(localpart), "correct horse battery staple"
         path = self.base_url + "/_synapse/admin/v1/register"
-        nonce = requests.get(path, timeout=30).json()["nonce"]
+        nonce = requests.get(path, timeout=30 * PATIENCE).json()["nonce"]
         fields = [nonce, localpart, password, "admin" if admin else "notadmin"]
         mac = hmac.new(SHARED_SECRET.encode(), "\0".join(fields).encode(), hashlib.sha1)
         body = {
@@ -123,7 +137,7 @@ class Server:
             "admin": admin,
             "mac": mac.hexdigest(),
         }
-        response = requests.post(path, json=body, timeout=30)
+        response = requests.post(path, json=body, timeout=30 * PATIENCE)
         assert response.ok, f"registering {localpart}: {response.status_code} {response.text}"
         account = response.json()
         return Client(self.base_url, account["user_id"], account["access_token"], password)

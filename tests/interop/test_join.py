@@ -2,6 +2,7 @@
 
 import pytest
 from client import MatrixError, wait_until
+from servers import fresh
 
 STATE = r"/_matrix/federation/v1/state(_ids)?/"
 
@@ -31,11 +32,12 @@ def assert_same_state(room_id, one, other):
 
 @pytest.mark.parametrize("by", ["alias", "id"])
 def test_partial_then_full(synapse, ours, version, by):
-    alice, room_id = populated_room(synapse, version, room_alias_name=f"partial-{by}-{version}")
+    alias = fresh("partial")
+    alice, room_id = populated_room(synapse, version, room_alias_name=alias)
     bob = ours.user("bob")
     with synapse.proxy.hold(STATE):
         if by == "alias":
-            assert bob.join(f"#partial-{by}-{version}:{synapse.name}") == room_id
+            assert bob.join(f"#{alias}:{synapse.name}") == room_id
         else:
             assert bob.join(room_id, via=[synapse.name]) == room_id
         assert ours.is_partial(room_id)

@@ -2,6 +2,7 @@
 
 import pytest
 from client import MatrixError, wait_until
+from servers import fresh
 from test_join import STATE, assert_same_state, assert_talk, populated_room
 
 
@@ -23,9 +24,9 @@ def join_and_check(synapse, ours, creator, room_id, join):
 
 
 def test_by_alias(synapse, ours, version):
-    bob, room_id = populated_room(ours, version, room_alias_name=f"resident-{version}")
-    alias = f"#resident-{version}:{ours.name}"
-    join_and_check(synapse, ours, bob, room_id, lambda dora: dora.join(alias))
+    alias = fresh("resident")
+    bob, room_id = populated_room(ours, version, room_alias_name=alias)
+    join_and_check(synapse, ours, bob, room_id, lambda dora: dora.join(f"#{alias}:{ours.name}"))
 
 
 def test_by_invite(synapse, ours, version):
