@@ -316,6 +316,10 @@ pub async fn read_body(body: Body, limit: usize) -> Result<Bytes> {
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     let text = std::str::from_utf8(bytes)
         .map_err(|_| MatrixError::not_json("The body is not valid UTF-8"))?;
+    // A struct can be read from a list as well; no endpoint means that.
+    if text.trim_start().starts_with('[') {
+        return Err(MatrixError::bad_json("The body is a list, not an object").into());
+    }
     serde_json::from_str(text).map_err(|error| {
         match error.classify() {
             serde_json::error::Category::Data => MatrixError::bad_json(error.to_string()),
@@ -328,6 +332,18 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_is_no_body() {
+        #[derive(serde::Deserialize)]
+        struct Body {
+            #[expect(dead_code, reason = "only its presence matters")]
+            name: Option<String>,
+        }
+        assert!(parse_json::<Body>(b"{}").is_ok());
+        assert!(parse_json::<Body>(b" []").is_err());
+        assert!(parse_json::<Body>(b"[null]").is_err());
+    }
 
     #[test]
     fn a_query_keeps_repeated_keys_and_decodes_them() {
