@@ -115,10 +115,9 @@ def lie_about_servers(servers):
 
 
 def test_no_servers_in_the_room(synapse, ours, room):
-    room_id, _, bob = room
+    # The answer is of no use, so the same join goes again and asks for the whole room.
     with synapse.proxy.spoil(SEND_JOIN, lie_about_servers([])):
-        assert_join_fails(bob, room_id, synapse)
-    assert_join_works(synapse, ours, room)
+        assert_join_works(synapse, ours, room)
 
 
 def test_wrong_servers_in_the_room(synapse, ours, room):

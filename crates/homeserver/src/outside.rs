@@ -64,6 +64,12 @@ impl Rooms<'_> {
 
     /// Offers an owed leave to the servers that may hold our user as a member.
     pub(crate) async fn pay_debt(&self, debt: &StoredIntent) -> Result<()> {
+        // Not while a join of theirs runs; and who has come in since owes nothing.
+        let lock = self.hs.handshakes().lock_of(&debt.room);
+        let _no_join_meanwhile = lock.lock_owned().await;
+        if self.membership(&debt.room, &debt.user).await?.as_deref() == Some("join") {
+            return self.settle(debt.job).await;
+        }
         let mut candidates = vec![debt.via.clone()];
         candidates.extend(self.servers(&debt.room).await?);
         let request = LeaveRequest {
@@ -79,7 +85,10 @@ impl Rooms<'_> {
         drive(self.hs, Run::of(machine))
             .await
             .ok_or_else(stopping)??;
-        let job = debt.job;
+        self.settle(debt.job).await
+    }
+
+    async fn settle(&self, job: i64) -> Result<()> {
         self.hs
             .store()
             .write(move |c| queues::settle(c, job))

@@ -70,7 +70,7 @@ pub struct Handshakes {
 }
 
 impl Handshakes {
-    fn lock_of(&self, room: &RoomId) -> Arc<tokio::sync::Mutex<()>> {
+    pub(crate) fn lock_of(&self, room: &RoomId) -> Arc<tokio::sync::Mutex<()>> {
         let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
         locks.retain(|_, lock| lock.strong_count() > 0);
         let lock = locks.get(room).and_then(Weak::upgrade).unwrap_or_default();
