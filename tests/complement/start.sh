@@ -62,9 +62,7 @@ enabled = false
 # Complement's servers fail a test on any request that they do not expect, so what goes beyond the
 # handshake and the resync it knows is left out here; our own tests cover it.
 [join]
-compare_donors = false
 race_send_join = false
-tell_missed_servers = false
 
 [log]
 level = "${VESTIBULE_LOG_LEVEL:-info}"

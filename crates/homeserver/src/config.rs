@@ -51,12 +51,8 @@ pub struct Limits {
 /// forbid requests that they do not know.
 #[derive(Clone, Debug)]
 pub struct JoinSettings {
-    /// Ask `state_ids` of two donors and compare (O-46).
-    pub compare_donors: bool,
     /// Send the same signed join to a second server when the first is silent for some seconds.
     pub race_send_join: bool,
-    /// After a resync, send our latest event to servers that missed it (O-2).
-    pub tell_missed_servers: bool,
     /// Verify signatures in exact batches, or one at a time.
     pub batch_verification: bool,
 }
@@ -64,9 +60,7 @@ pub struct JoinSettings {
 impl Default for JoinSettings {
     fn default() -> Self {
         Self {
-            compare_donors: true,
             race_send_join: true,
-            tell_missed_servers: true,
             batch_verification: true,
         }
     }

@@ -11,7 +11,7 @@ use protocol::room_version::RoomVersion;
 use rand::RngExt as _;
 use rand::distr::Alphanumeric;
 use room::candidates;
-use room::effect::{AskError, Head, Load, Loaded};
+use room::effect::{Head, Load, Loaded};
 use room::join::{Join, JoinOptions, JoinRequest, Joined};
 use room::refusal::Refusal;
 use room::restricted::{Allowed, AllowedRooms};
@@ -568,7 +568,7 @@ impl Rooms<'_> {
         let alias = RoomAlias::parse(target).map_err(|_| {
             MatrixError::invalid_param("That is neither a room id nor a room alias")
         })?;
-        let (room, mut servers) = self.resolve_alias(&alias).await?;
+        let (room, mut servers) = self.hs.directory().resolve(&alias).await?;
         // The directory server knows the room, if it says so itself (J-10); the client's own hints come last.
         let directory = alias.server_name();
         if let Some(at) = servers.iter().position(|server| *server == directory) {
@@ -576,41 +576,5 @@ impl Rooms<'_> {
         }
         servers.extend(via);
         Ok((room, servers))
-    }
-
-    /// Where an alias leads, and who is in that room (J-8 to J-11).
-    pub async fn resolve_alias(&self, alias: &RoomAlias) -> Result<(RoomId, Vec<ServerName>)> {
-        let own = &self.hs.config().server_name;
-        let directory = alias.server_name();
-        if directory == *own {
-            let asked = alias.clone();
-            let row = self
-                .hs
-                .store()
-                .read(move |c| storage::directory::alias(c, &asked))
-                .await?;
-            let row = row.ok_or_else(|| MatrixError::not_found("There is no such room alias"))?;
-            let mut servers = self.servers(&row.room).await?;
-            let inside = self
-                .head(&row.room)
-                .await?
-                .is_some_and(|head| !head.local_joined.is_empty());
-            if inside {
-                servers.insert(0, own.clone());
-            }
-            return Ok((row.room, servers));
-        }
-        match self.hs.client().query_directory(&directory, alias).await {
-            Ok(answer) => Ok((answer.room_id, answer.servers)),
-            Err(AskError::Refused { status: 404, .. }) => {
-                Err(MatrixError::not_found("There is no such room alias"))
-            }
-            Err(error) => {
-                tracing::info!(%alias, ?error, "the alias's server gave no answer");
-                Err(MatrixError::bad_gateway(
-                    "The server of this alias can not be asked",
-                ))
-            }
-        }
     }
 }

@@ -52,9 +52,7 @@ pub const SETTINGS: &[Setting] = settings! {
     "appservices.files" = "[]", "Registration files (YAML) of application services.";
     "limits.enabled" = "true", "Rate limits on logins, registrations, messages and joins.";
     "limits.full_state_wait_seconds" = "120", "How long a request that needs every member of a room may wait while the room is being completed.";
-    "join.compare_donors" = "true", "Ask two servers for the state of a room and compare.";
     "join.race_send_join" = "true", "Send a join to a second server when the first is silent for some seconds.";
-    "join.tell_missed_servers" = "true", "When a room becomes full, send our latest event to servers that missed it.";
     "join.verification" = "\"batch\"", "\"batch\" verifies signatures in exact batches, \"single\" one at a time.";
     "log.level" = "\"info\"", "error, warn, info, debug or trace, or a filter such as \"info,room=debug\".";
     "log.format" = "\"text\"", "\"text\" or \"json\".";
@@ -150,9 +148,7 @@ pub struct Limits {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Join {
-    pub compare_donors: bool,
     pub race_send_join: bool,
-    pub tell_missed_servers: bool,
     pub verification: Verification,
 }
 

@@ -27,6 +27,6 @@ pub async fn handle(
     if alias.server_name() != homeserver.config().server_name {
         return Err(MatrixError::not_found("This alias is another server's").into());
     }
-    let (room_id, servers) = homeserver.rooms().resolve_alias(&alias).await?;
+    let (room_id, servers) = homeserver.directory().resolve(&alias).await?;
     Ok(Json(json!({ "room_id": room_id, "servers": servers })))
 }
