@@ -316,17 +316,16 @@ pub async fn read_body(body: Body, limit: usize) -> Result<Bytes> {
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     let text = std::str::from_utf8(bytes)
         .map_err(|_| MatrixError::not_json("The body is not valid UTF-8"))?;
+    let refused = |error: serde_json::Error| match error.classify() {
+        serde_json::error::Category::Data => MatrixError::bad_json(error.to_string()),
+        _ => MatrixError::not_json("The body is not valid JSON"),
+    };
     // A struct can be read from a list as well; no endpoint means that.
     if text.trim_start().starts_with('[') {
+        serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(refused)?;
         return Err(MatrixError::bad_json("The body is a list, not an object").into());
     }
-    serde_json::from_str(text).map_err(|error| {
-        match error.classify() {
-            serde_json::error::Category::Data => MatrixError::bad_json(error.to_string()),
-            _ => MatrixError::not_json("The body is not valid JSON"),
-        }
-        .into()
-    })
+    Ok(serde_json::from_str(text).map_err(refused)?)
 }
 
 #[cfg(test)]
@@ -376,5 +375,8 @@ mod tests {
         assert_eq!(errcode(b"{").as_deref(), Some("M_NOT_JSON"));
         assert_eq!(errcode(b"{\"a\": \"\xff\"}").as_deref(), Some("M_NOT_JSON"));
         assert_eq!(errcode(b"{\"_n\": \"x\"}").as_deref(), Some("M_BAD_JSON"));
+        assert_eq!(errcode(b"[]").as_deref(), Some("M_BAD_JSON"));
+        assert_eq!(errcode(b"[").as_deref(), Some("M_NOT_JSON"));
+        assert_eq!(errcode(&[b'['; 5000]).as_deref(), Some("M_NOT_JSON"));
     }
 }
