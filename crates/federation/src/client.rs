@@ -228,6 +228,13 @@ impl<'a> Call<'a> {
 
 impl Failure {
     /// Whether the answer says that there is no such endpoint, so that an older one may be tried (J-46).
+    /// A refusal in words that no Matrix endpoint speaks: perhaps it is not one.
+    pub(crate) fn is_no_matrix_error(&self) -> bool {
+        matches!(self, Self::Status { status: 400..500, body } if body
+            .as_ref()
+            .is_none_or(|body| !body.contains_key("errcode")))
+    }
+
     pub(crate) fn is_unknown_endpoint(&self) -> bool {
         let Self::Status { status, body } = self else {
             return false;

@@ -100,7 +100,7 @@ impl Client {
                 }
                 Ok(media)
             }
-            Err(failure) if failure.is_unknown_endpoint() => {
+            Err(failure) if failure.is_unknown_endpoint() || failure.is_no_matrix_error() => {
                 let old = with_query(old, "allow_remote", "false");
                 let mut call = Call::get(to, old, timeout);
                 call.signed = false;

@@ -178,6 +178,10 @@ impl Jobs<'_> {
                 job.progress = json!({ "nth": nth, "of": of }).to_string();
                 attempt = Some((server.to_string(), "asked".to_owned()));
             }
+            Step::Failed { server, reason } => {
+                job.last_error = Some(format!("{server}: {reason}"));
+                attempt = Some((server.to_string(), reason));
+            }
             Step::Accepted { by } => {
                 job.state = "accepted".to_owned();
                 job.donor = Some(by.to_string());

@@ -132,7 +132,7 @@ pub struct MessagesAsked {
 /// One look at the store.
 struct Page {
     kept: Vec<TimelineEvent>,
-    /// Where to go on; `None` at the end of what there is.
+    /// Where to go on; `None` where nothing was found, not even what the filter left out.
     next: Option<PageToken>,
     /// The walk came to events before which others are missing here.
     hole: bool,
@@ -267,13 +267,12 @@ impl Look {
                 }
                 scanned += 1;
                 stretch.from = boundary(&event, self.bounds.direction);
-                let token = self.bounds.token_at(&event);
+                page.next = Some(self.bounds.token_at(&event));
                 let hole = event.hole;
                 if self.wants(view, &event)? {
                     page.kept.push(event);
                 }
                 if page.kept.len() == self.limit || scanned >= SCANNED_MAX {
-                    page.next = Some(token);
                     return Ok(page);
                 }
                 // What comes before is missing: fetch it before going past. On the last try the next
@@ -584,25 +583,28 @@ pub async fn timestamp_to_event(
         return Ok(found.clone());
     }
     let local = found.map(|(found, _)| found);
-    let remote = homeserver
-        .rooms()
+    let rooms = homeserver.rooms();
+    let remote = rooms
         .timestamp_to_event(room, ts, direction == Direction::Forward)
         .await
-        .unwrap_or_default();
-    nearest(local, remote, ts)
-        .ok_or_else(|| MatrixError::not_found("There is no event on that side of the time"))
+        .unwrap_or_default()
+        .filter(|remote| is_nearer(remote.ts_ms, local.as_ref(), ts));
+    let Some(remote) = remote else {
+        return local
+            .ok_or_else(|| MatrixError::not_found("There is no event on that side of the time"));
+    };
+    // The client will want to read on from there.
+    if let Err(error) = rooms
+        .backfill_at(room, &remote.event_id, &remote.server)
+        .await
+    {
+        tracing::debug!(%room, event = %remote.event_id, %error, "not fetched");
+    }
+    Ok((remote.event_id, remote.ts_ms))
 }
 
-fn nearest(
-    local: Option<(EventId, i64)>,
-    remote: Option<(EventId, i64)>,
-    ts: i64,
-) -> Option<(EventId, i64)> {
-    let distance = |found: &(EventId, i64)| found.1.abs_diff(ts);
-    match (local, remote) {
-        (Some(a), Some(b)) => Some(if distance(&b) < distance(&a) { b } else { a }),
-        (a, b) => a.or(b),
-    }
+fn is_nearer(remote_ts: i64, local: Option<&(EventId, i64)>, ts: i64) -> bool {
+    local.is_none_or(|local| remote_ts.abs_diff(ts) < local.1.abs_diff(ts))
 }
 
 #[cfg(test)]
@@ -627,9 +629,9 @@ mod tests {
 
     #[test]
     fn the_nearer_event_wins() {
-        let event = |ts: i64| (EventId::parse(&format!("$e{ts}")).unwrap(), ts);
-        assert_eq!(nearest(Some(event(5)), Some(event(8)), 9), Some(event(8)));
-        assert_eq!(nearest(Some(event(5)), None, 9), Some(event(5)));
-        assert_eq!(nearest(None, None, 9), None);
+        let local = (EventId::parse("$e").unwrap(), 5);
+        assert!(is_nearer(8, Some(&local), 9));
+        assert!(!is_nearer(0, Some(&local), 9));
+        assert!(is_nearer(0, None, 9));
     }
 }

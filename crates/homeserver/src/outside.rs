@@ -25,6 +25,17 @@ use crate::rooms::{Rooms, content_of, stopping};
 /// Servers asked for the event at a time; the spec wants no more than a try.
 const TIMESTAMP_SERVERS_MAX: usize = 5;
 
+/// Events fetched with one that another server told us of.
+const AT_EVENTS: u32 = 20;
+
+/// An event that another server holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Elsewhere {
+    pub event_id: EventId,
+    pub ts_ms: i64,
+    pub server: ServerName,
+}
+
 impl Rooms<'_> {
     /// Leaves a room, or refuses an invite, or takes a knock back. Never waits for a resync (C-2).
     pub async fn leave(&self, user: &UserId, room: &RoomId, reason: Option<String>) -> Result<()> {
@@ -36,10 +47,12 @@ impl Rooms<'_> {
             Some(_) => return Err(MatrixError::forbidden("You are banned from this room")),
             None => return Err(MatrixError::forbidden("You are not in this room")),
         }
-        let inside = self
-            .head(room)
-            .await?
-            .is_some_and(|head| !head.local_joined.is_empty());
+        let inside = match self.head(room).await? {
+            // A room that nobody is in is nobody's but ours to change.
+            Some(head) if head.local_joined.is_empty() => self.servers(room).await?.is_empty(),
+            Some(_) => true,
+            None => false,
+        };
         if inside {
             let mut content = json!({ "membership": "leave" });
             if let Some(reason) = reason {
@@ -184,12 +197,25 @@ impl Rooms<'_> {
 
     /// Fetches history. `true`: other servers gave some.
     pub async fn backfill(&self, room: &RoomId, limit: u32) -> Result<bool> {
-        let machine = Backfill::new(
-            self.hs.own().clone(),
-            room.clone(),
-            limit,
-            self.hs.clock().now(),
-        );
+        let (own, now) = (self.hs.own().clone(), self.hs.clock().now());
+        self.run_backfill(Backfill::new(own, room.clone(), limit, now))
+            .await
+    }
+
+    /// Fetches the history before an event, and the event, from a server that has it.
+    pub async fn backfill_at(
+        &self,
+        room: &RoomId,
+        event: &EventId,
+        server: &ServerName,
+    ) -> Result<bool> {
+        let (own, now) = (self.hs.own().clone(), self.hs.clock().now());
+        let at = (event.clone(), server.clone());
+        self.run_backfill(Backfill::at(own, room.clone(), at, AT_EVENTS, now))
+            .await
+    }
+
+    async fn run_backfill(&self, machine: Backfill) -> Result<bool> {
         let fetched = drive(self.hs, Run::of(machine))
             .await
             .ok_or_else(stopping)?;
@@ -202,7 +228,7 @@ impl Rooms<'_> {
         room: &RoomId,
         ts_ms: i64,
         forward: bool,
-    ) -> Result<Option<(EventId, i64)>> {
+    ) -> Result<Option<Elsewhere>> {
         let direction = if forward {
             Direction::Forward
         } else {
@@ -220,7 +246,13 @@ impl Rooms<'_> {
                 .timestamp_to_event(&server, room, ts_ms, direction)
                 .await
             {
-                Ok(found) => return Ok(Some((found.event_id, found.origin_server_ts))),
+                Ok(found) => {
+                    return Ok(Some(Elsewhere {
+                        event_id: found.event_id,
+                        ts_ms: found.origin_server_ts,
+                        server,
+                    }));
+                }
                 Err(error) => tracing::debug!(%room, %server, ?error, "no event for that time"),
             }
         }

@@ -71,9 +71,7 @@ fn parse_kind(kind: &str) -> Result<RuleKind> {
     if KINDS.contains(&kind) {
         return Ok(RuleKind::from(kind));
     }
-    Err(MatrixError::invalid_param(
-        "There is no such kind of push rule",
-    ))
+    Err(MatrixError::not_found("There is no such kind of push rule"))
 }
 
 fn no_rule() -> MatrixError {

@@ -318,40 +318,38 @@ impl Rooms<'_> {
             displayname: text("displayname"),
             avatar_url: text("avatar_url"),
             reason,
+            extra: Map::new(),
         })
     }
 }
 
 pub(crate) fn content_of(membership: &str, member: &Member) -> Value {
-    let mut content = Map::new();
-    content.insert("membership".to_owned(), membership.into());
-    let keys = [
-        ("displayname", &member.displayname),
-        ("avatar_url", &member.avatar_url),
-        ("reason", &member.reason),
-    ];
-    for (key, value) in keys {
-        if let Some(value) = value {
-            content.insert(key.to_owned(), value.as_str().into());
-        }
-    }
-    Value::Object(content)
+    Value::Object(member.content(membership))
 }
 
 // -- joining --------------------------------------------------------------------------------------
 
+/// What a client may say along with a join.
+#[derive(Clone, Debug, Default)]
+pub struct JoinWish {
+    /// Servers to ask besides those that the target names.
+    pub via: Vec<ServerName>,
+    pub reason: Option<String>,
+    /// What an identity server signed for the holder of an invite by identifier (J-82).
+    pub third_party_signed: Option<Value>,
+    /// Further keys for the membership event.
+    pub extra: Map<String, Value>,
+}
+
 impl Rooms<'_> {
     /// `POST /join/{roomIdOrAlias}`. Returns when the room is usable; the rest is opened behind.
-    pub async fn join(
-        &self,
-        user: &UserId,
-        target: &str,
-        via: Vec<ServerName>,
-        reason: Option<String>,
-        _third_party_signed: Option<Value>,
-    ) -> Result<RoomId> {
-        let (room, servers) = self.resolve(target, via).await?;
-        let member = self.member(user, reason).await?;
+    pub async fn join(&self, user: &UserId, target: &str, wish: JoinWish) -> Result<RoomId> {
+        let (room, servers) = self.resolve(target, wish.via).await?;
+        if let Some(signed) = wish.third_party_signed {
+            self.hs.redeem_for(&room, user, signed).await?;
+        }
+        let mut member = self.member(user, wish.reason).await?;
+        member.extra = wish.extra;
         if let Some(joined) = self.join_locally(&room, user, &member, &servers).await? {
             return joined.map(|()| room);
         }

@@ -13,7 +13,7 @@ use crate::Homeserver;
 use crate::error::{MatrixError, Result};
 use crate::membership;
 use crate::room_view::{Reader, RoomView};
-use crate::rooms::Draft;
+use crate::rooms::{Draft, JoinWish};
 
 /// Who sends.
 #[derive(Clone, Debug)]
@@ -283,10 +283,15 @@ async fn member(
     let own = target == sender.user;
     match wanted.as_str() {
         "join" if own && !joined => {
+            let mut extra = content.clone();
+            extra.retain(|key, _| key != "reason");
+            let wish = JoinWish {
+                reason: text("reason"),
+                extra,
+                ..JoinWish::default()
+            };
             let rooms = homeserver.rooms();
-            rooms
-                .join(&target, room.as_str(), Vec::new(), text("reason"), None)
-                .await?;
+            rooms.join(&target, room.as_str(), wish).await?;
         }
         "leave" if own => {
             homeserver

@@ -78,8 +78,22 @@ impl Homeserver {
         Ok(())
     }
 
+    /// J-82: what a client presents when it joins by such an invite.
+    pub(crate) async fn redeem_for(
+        &self,
+        room: &RoomId,
+        user: &UserId,
+        signed: Value,
+    ) -> Result<()> {
+        let sender = signed["sender"]
+            .as_str()
+            .and_then(|sender| UserId::parse(sender).ok())
+            .ok_or_else(|| MatrixError::invalid_param("third_party_signed names no sender"))?;
+        self.redeem(room, user, &sender, signed).await
+    }
+
     /// Has the invite of one of our users issued: by us, or by the server of whoever sent the first invite.
-    pub(crate) async fn redeem(
+    async fn redeem(
         &self,
         room: &RoomId,
         user: &UserId,

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::id::{EventId, RoomId, UserId};
+use crate::id::{ID_BYTES_MAX, RoomId, UserId};
 
 /// One of the six EDUs. Whether its sender may say so is for the receiver to check.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,7 +35,8 @@ pub struct Receipt {
     /// `m.read`; private receipts do not travel.
     pub kind: String,
     pub user_id: UserId,
-    pub event_id: EventId,
+    /// Not looked up, and not always in the form of an event id (P-63).
+    pub event_id: String,
     /// When the user read the event, if that was told.
     pub ts: Option<i64>,
     /// The thread's root, or `main`; `None` for the room as a whole.
@@ -184,10 +185,14 @@ fn one_receipt(room_id: &RoomId, kind: &str, user: &str, receipt: &Value) -> Opt
         room_id: room_id.clone(),
         kind: kind.to_owned(),
         user_id: UserId::parse(user).ok()?,
-        event_id: EventId::parse(receipt.get("event_ids")?.get(0)?.as_str()?).ok()?,
+        event_id: bounded_id(receipt.get("event_ids")?.get(0)?.as_str()?)?,
         ts: data.and_then(|data| data.get("ts")?.as_i64()),
         thread_id: thread_id.map(str::to_owned),
     })
+}
+
+fn bounded_id(id: &str) -> Option<String> {
+    (id.len() <= ID_BYTES_MAX).then(|| id.to_owned())
 }
 
 fn receipts_content(receipts: &[Receipt]) -> Value {

@@ -46,6 +46,7 @@ pub struct Backfilled {
 pub struct Backfill {
     own: Own,
     room: RoomId,
+    at: Option<(EventId, ServerName)>,
     limit: u32,
     state: State,
     facts: Facts,
@@ -82,9 +83,26 @@ enum Wait {
 }
 
 impl Backfill {
+    /// From the oldest events that we hold.
     pub fn new(own: Own, room: RoomId, limit: u32, now: Now) -> Self {
+        Self::begin(own, room, None, limit, now)
+    }
+
+    /// At an event that this server told us of, somewhere in the history that we do not hold (C-17).
+    pub fn at(own: Own, room: RoomId, at: (EventId, ServerName), limit: u32, now: Now) -> Self {
+        Self::begin(own, room, Some(at), limit, now)
+    }
+
+    fn begin(
+        own: Own,
+        room: RoomId,
+        at: Option<(EventId, ServerName)>,
+        limit: u32,
+        now: Now,
+    ) -> Self {
         let mut this = Self {
             own,
+            at,
             limit: limit.clamp(1, EVENTS_MAX),
             state: State::Done,
             facts: Facts::new(room.clone()),
@@ -116,6 +134,12 @@ impl Backfill {
         let Some(head) = head.filter(|_| !missing.is_empty()) else {
             return self.done(0, missing.is_empty());
         };
+        self.version = Some(head.version);
+        if let Some((event, server)) = self.at.take() {
+            self.from = vec![event];
+            self.servers = VecDeque::from([server]);
+            return self.ask_next(now);
+        }
         let marker = head.partial.iter();
         let of_join = marker.flat_map(|m| std::iter::once(&m.joined_via).chain(&m.servers_in_room));
         let mut servers = candidates::order(of_join.chain(&hosts), &self.own.name);
@@ -126,7 +150,6 @@ impl Backfill {
             .take(FROM_MAX)
             .map(|(id, _)| id)
             .collect();
-        self.version = Some(head.version);
         self.ask_next(now)
     }
 

@@ -50,6 +50,17 @@ pub enum Failure {
     Final(Refusal),
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unreachable { reason } => f.write_str(reason),
+            Self::NotFound(refusal) | Self::Unable(refusal) | Self::Final(refusal) => {
+                write!(f, "{refusal}")
+            }
+        }
+    }
+}
+
 /// Sorts the failure of one candidate by the table in joins.md 1.5.
 pub fn classify(half: Half, error: &AskError) -> Failure {
     let AskError::Refused {
@@ -113,10 +124,18 @@ pub struct Failures {
     unable: Option<Refusal>,
     not_found: Option<Refusal>,
     other: bool,
+    /// The first few, as the one who asked may read them.
+    said: Vec<String>,
 }
 
+/// How many failures the client's error names.
+const SAID_MAX: usize = 5;
+
 impl Failures {
-    pub fn note(&mut self, failure: Failure) {
+    pub fn note(&mut self, server: &ServerName, failure: Failure) {
+        if self.said.len() < SAID_MAX {
+            self.said.push(format!("{server}: {failure}"));
+        }
         match failure {
             Failure::Unable(refusal) => self.unable = Some(refusal),
             Failure::NotFound(refusal) => self.not_found = Some(refusal),
@@ -128,7 +147,13 @@ impl Failures {
     pub fn sum_up(&self, what: &str) -> Refusal {
         match (&self.unable, &self.not_found, self.other) {
             (Some(refusal), None, false) | (None, Some(refusal), false) => refusal.clone(),
-            _ => Refusal::bad_gateway(format!("no server could be used to {what}")),
+            _ if self.said.is_empty() => {
+                Refusal::bad_gateway(format!("there is no server through which to {what}"))
+            }
+            _ => Refusal::bad_gateway(format!(
+                "no server could be used to {what} ({})",
+                self.said.join("; ")
+            )),
         }
     }
 }
@@ -227,14 +252,13 @@ mod tests {
     fn the_last_word_is_the_kindest_that_is_true() {
         let mut failures = Failures::default();
         assert_eq!(failures.sum_up("join").status, 502);
-        failures.note(classify(Half::Make, &refused(404, "M_NOT_FOUND")));
+        let a = server("a");
+        failures.note(&a, classify(Half::Make, &refused(404, "M_NOT_FOUND")));
         assert_eq!(failures.sum_up("join").status, 404);
-        failures.note(classify(
-            Half::Make,
-            &AskError::Unreachable {
-                reason: "dns".to_owned(),
-            },
-        ));
-        assert_eq!(failures.sum_up("join").status, 502);
+        let reason = "dns".to_owned();
+        failures.note(&a, Failure::Unreachable { reason });
+        let last = failures.sum_up("join");
+        assert_eq!(last.status, 502);
+        assert!(last.message.contains("a: dns"), "{}", last.message);
     }
 }

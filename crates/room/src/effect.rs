@@ -445,6 +445,11 @@ pub enum Step {
         nth: u32,
         of: u32,
     },
+    /// One server could not be used, or its answer could not.
+    Failed {
+        server: ServerName,
+        reason: String,
+    },
     Accepted {
         by: ServerName,
     },

@@ -143,7 +143,7 @@ impl Exchange {
         };
         let pdu = match signed {
             Ok(pdu) => Arc::new(pdu),
-            Err(failure) => return self.on_failure(Half::Make, failure, out),
+            Err(failure) => return self.on_failure(&server, Half::Make, failure, out),
         };
         let ask = Ask::Send {
             what: self.what,
@@ -185,11 +185,11 @@ impl Exchange {
             (Ok(Answer::SentKnock { room_state }), Handshake::Knock) => room_state,
             (Ok(_), _) => {
                 let reason = "an answer of another kind".to_owned();
-                return self.on_failure(Half::Send, Failure::Unreachable { reason }, out);
+                return self.on_failure(&via, Half::Send, Failure::Unreachable { reason }, out);
             }
             (Err(error), _) => {
                 let failure = candidates::classify(Half::Send, &error);
-                return self.on_failure(Half::Send, failure, out);
+                return self.on_failure(&via, Half::Send, failure, out);
             }
         };
         Some(Ok(Exchanged {
@@ -201,6 +201,7 @@ impl Exchange {
 
     fn on_failure(
         &mut self,
+        server: &ServerName,
         half: Half,
         failure: Failure,
         out: &mut Outbox,
@@ -214,7 +215,7 @@ impl Exchange {
                 self.last = Some(refusal);
             }
             Failure::Final(refusal) => self.last = Some(refusal),
-            failure => self.failures.note(failure),
+            failure => self.failures.note(server, failure),
         }
         self.next(out)
     }

@@ -472,7 +472,7 @@ impl Join {
                 self.settle_asking(s)
             }
             failure => {
-                self.failures.note(failure);
+                self.note(&asked.server, failure);
                 self.ask_next(s, now)
             }
         }
@@ -716,10 +716,12 @@ impl Join {
                 s.refused = Some(refusal);
             }
             Failure::Final(refusal) => return self.fail_with(refusal),
-            failure @ (Failure::Unable(_) | Failure::NotFound(_)) => self.failures.note(failure),
+            failure @ (Failure::Unable(_) | Failure::NotFound(_)) => {
+                self.note(&attempt.target.server, failure);
+            }
             failure @ Failure::Unreachable { .. } => {
                 self.unsure = true;
-                self.failures.note(failure);
+                self.note(&attempt.target.server, failure);
                 again_in_full(&mut s, attempt.target);
             }
         }
@@ -835,7 +837,7 @@ impl Join {
                     server: s.reply.server().clone(),
                     omit_members: s.reply.omit_members(),
                 };
-                self.failures.note(Failure::Unreachable { reason });
+                self.note(&target.server, Failure::Unreachable { reason });
                 again_in_full(&mut sending, target);
                 self.send_next(sending, now)
             }
@@ -856,6 +858,17 @@ impl Join {
             version: signed.pdu.version,
             partial,
         }))
+    }
+
+    fn note(&mut self, server: &ServerName, failure: Failure) {
+        self.out.tell(Tell::Progress {
+            room: self.request.room.clone(),
+            step: Step::Failed {
+                server: server.clone(),
+                reason: failure.to_string(),
+            },
+        });
+        self.failures.note(server, failure);
     }
 
     /// Settles what is on disk, then fails.

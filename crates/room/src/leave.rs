@@ -12,9 +12,9 @@ use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use serde_json::{Map, json};
 
-use crate::effect::{Effect, Handshake, Input, Machine, Now, StoredOutOfBand, Ticket};
+use crate::effect::{Effect, Handshake, Input, Machine, Now, StateKey, Ticket};
 use crate::exchange::{Exchange, Exchanged, Failed};
-use crate::facts::{Facts, Got};
+use crate::facts::{Facts, Got, both};
 use crate::out_of_band;
 use crate::outbox::Outbox;
 use crate::refusal::Refusal;
@@ -53,9 +53,16 @@ pub struct Leave {
     own: Own,
     request: LeaveRequest,
     state: State,
+    /// The invite or knock that is being refused or taken back.
+    held: Option<Arc<Pdu>>,
     facts: Facts,
     out: Outbox,
     outcome: Option<Result<Left, Refusal>>,
+}
+
+struct Held {
+    pdu: Arc<Pdu>,
+    candidates: Vec<ServerName>,
 }
 
 enum State {
@@ -75,6 +82,7 @@ impl Leave {
             state: State::Done,
             facts: Facts::new(request.room.clone()),
             request,
+            held: None,
             out: Outbox::default(),
             outcome: None,
         };
@@ -86,14 +94,14 @@ impl Leave {
     }
 
     fn open(&mut self, now: Now) -> State {
-        match self.stored() {
+        match self.held() {
             Err(lacking) => {
                 self.facts.request(lacking, &mut self.out);
                 State::Opening
             }
-            Ok(Some(stored)) => {
-                let sender = stored.pdu.sender.server_name();
-                self.exchange(&[stored.via.clone(), sender], now)
+            Ok(Some(held)) => {
+                self.held = Some(held.pdu);
+                self.exchange(&held.candidates, now)
             }
             Ok(None) => self.done(Err(Refusal::forbidden(
                 "the user is not invited to the room",
@@ -101,9 +109,30 @@ impl Leave {
         }
     }
 
-    fn stored(&self) -> Got<Option<Arc<StoredOutOfBand>>> {
-        let stored = self.facts.out_of_band(&self.request.user)?;
-        Ok(stored.filter(|stored| matches!(&*stored.membership, "invite" | "knock")))
+    /// The invite or knock, as it came to us, or as it stood in the room when we were last in it.
+    fn held(&self) -> Got<Option<Held>> {
+        let user = &self.request.user;
+        let waits = |membership: &str| matches!(membership, "invite" | "knock");
+        if let Some(stored) = self.facts.out_of_band(user)? {
+            let sender = stored.pdu.sender.server_name();
+            return Ok(waits(&stored.membership).then(|| Held {
+                pdu: stored.pdu.clone(),
+                candidates: vec![stored.via.clone(), sender],
+            }));
+        }
+        let (head, hosts) = both(self.facts.head(), self.facts.hosts())?;
+        let Some(head) = head else {
+            return Ok(None);
+        };
+        let key: StateKey = ("m.room.member".into(), user.as_str().into());
+        self.facts.number(head.version, [], [key.clone()])?;
+        let stood = self.facts.state_events(&head.state, &[key])?;
+        let stood = stood.into_values().next().map(|(_, pdu)| pdu);
+        let stood = stood.filter(|pdu| pdu.membership().is_some_and(waits));
+        Ok(stood.map(|pdu| Held {
+            candidates: [vec![pdu.sender.server_name()], hosts].concat(),
+            pdu,
+        }))
     }
 
     fn exchange(&mut self, candidates: &[ServerName], now: Now) -> State {
@@ -154,9 +183,8 @@ impl Leave {
 
     /// A leave that is never sent: it only ends the matter for our user.
     fn local_leave(&self, now: Now) -> Result<Pdu, Refusal> {
-        let stored = self.stored().ok().flatten();
-        let stored = stored.ok_or_else(|| Refusal::forbidden("the user is not invited"))?;
-        let invite = &stored.pdu;
+        let held = self.held.as_ref();
+        let invite = held.ok_or_else(|| Refusal::forbidden("the user is not invited"))?;
         let mut content = json!({ "membership": "leave" });
         if let Some(reason) = &self.request.reason {
             content["reason"] = reason.as_str().into();

@@ -20,7 +20,7 @@ use crate::effect::{Effect, Head, Input, Machine, Now, PartialMarker, StateKey};
 use crate::facts::{Facts, Got, both};
 use crate::refusal::Refusal;
 use crate::restricted::{self, AllowedRooms, Standing};
-use crate::template::Own;
+use crate::template::{AUTHORISED_BY, Own};
 use crate::thinking::{Decide, Decision, Thinker};
 use crate::view::{Placed, View};
 use crate::write::{FanOut, Transaction, Verdict, WriteSet};
@@ -454,8 +454,6 @@ impl Sending {
         })
     }
 }
-
-const AUTHORISED_BY: &str = "join_authorised_via_users_server";
 
 fn create_key() -> StateKey {
     ("m.room.create".into(), "".into())

@@ -31,6 +31,42 @@ pub struct Member {
     pub displayname: Option<String>,
     pub avatar_url: Option<String>,
     pub reason: Option<String>,
+    /// Further keys of the user's own; those that the server answers for are left out.
+    pub extra: Map<String, Value>,
+}
+
+/// Who authorises a restricted join.
+pub(crate) const AUTHORISED_BY: &str = "join_authorised_via_users_server";
+
+/// Keys of a membership event that no client may set by itself.
+const NOT_THE_USERS: [&str; 4] = [
+    "membership",
+    AUTHORISED_BY,
+    "third_party_invite",
+    "is_direct",
+];
+
+impl Member {
+    /// The content of a membership event of this user. A leave carries no profile.
+    pub fn content(&self, membership: &str) -> Map<String, Value> {
+        let mut content = self.extra.clone();
+        for key in NOT_THE_USERS {
+            content.remove(key);
+        }
+        content.insert("membership".to_owned(), membership.into());
+        let leaves = membership == "leave";
+        let keys = [
+            ("displayname", self.displayname.as_ref().filter(|_| !leaves)),
+            ("avatar_url", self.avatar_url.as_ref().filter(|_| !leaves)),
+            ("reason", self.reason.as_ref()),
+        ];
+        for (key, value) in keys {
+            if let Some(value) = value {
+                content.insert(key.to_owned(), value.as_str().into());
+            }
+        }
+        content
+    }
 }
 
 impl Handshake {
@@ -135,25 +171,11 @@ fn check_references(
 
 /// J-30: our own words only, and who authorises the join.
 fn content(order: &Order<'_>, template: &Map<String, Value>) -> Value {
-    let mut content = Map::new();
-    content.insert("membership".to_owned(), order.what.membership().into());
-    let member = order.member;
-    let profile = [
-        ("displayname", &member.displayname),
-        ("avatar_url", &member.avatar_url),
-        ("reason", &member.reason),
-    ];
-    for (key, value) in profile {
-        let left_out = key != "reason" && order.what == Handshake::Leave;
-        if let (Some(value), false) = (value, left_out) {
-            content.insert(key.to_owned(), value.as_str().into());
-        }
-    }
-    let authorised = "join_authorised_via_users_server";
+    let mut content = order.member.content(order.what.membership());
     if order.what == Handshake::Join
-        && let Some(by) = template.get("content").and_then(|c| c.get(authorised))
+        && let Some(by) = template.get("content").and_then(|c| c.get(AUTHORISED_BY))
     {
-        content.insert(authorised.to_owned(), by.clone());
+        content.insert(AUTHORISED_BY.to_owned(), by.clone());
     }
     content.into()
 }

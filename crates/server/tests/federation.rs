@@ -15,6 +15,7 @@ use homeserver::appservice::Appservices;
 use homeserver::clock::SystemClock;
 use homeserver::config::Config;
 use homeserver::rooms::Draft;
+use homeserver::rooms::JoinWish;
 use homeserver::{Homeserver, Wire};
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
@@ -500,10 +501,11 @@ async fn a_user_joins_over_federation() {
     );
     let room = public_room(&a, "shared").await;
     let bob = user("@bob:b.test");
-    b.rooms()
-        .join(&bob, room.as_str(), vec![name("a.test")], None, None)
-        .await
-        .unwrap();
+    let wish = JoinWish {
+        via: vec![name("a.test")],
+        ..JoinWish::default()
+    };
+    b.rooms().join(&bob, room.as_str(), wish).await.unwrap();
     assert_eq!(a.rooms().servers(&room).await.unwrap(), [name("b.test")]);
     assert_eq!(b.rooms().servers(&room).await.unwrap(), [name("a.test")]);
     let said = network.said.lock().unwrap();

@@ -1,6 +1,6 @@
 //! Read receipts: the newest of each user, kind and thread.
 
-use protocol::id::{EventId, RoomId, UserId};
+use protocol::id::{RoomId, UserId};
 
 use crate::driver::{Conn, Result};
 use crate::streams::{self, Stream};
@@ -12,7 +12,8 @@ pub struct Receipt {
     /// `m.read`, `m.read.private`
     pub kind: String,
     pub thread: Option<String>,
-    pub event: EventId,
+    /// What the user says was read; another server's user may name what is no event here.
+    pub event: String,
     pub ts: i64,
 }
 
@@ -66,7 +67,7 @@ fn read(row: &dyn crate::driver::Row) -> Result<Receipt> {
         user: row.id(1)?,
         kind: row.string(2)?,
         thread: Some(thread).filter(|thread| !thread.is_empty()),
-        event: row.id(4)?,
+        event: row.string(4)?,
         ts: row.int(5)?,
     })
 }

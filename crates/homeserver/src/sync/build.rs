@@ -310,9 +310,11 @@ impl Look<'_> {
             None => ask.since.map(|since| since.events),
         };
         let news = since.is_some_and(|since| membership.position > since);
-        let archived =
-            (since.is_none() || ask.full_state) && ask.filter.room.include_leave && !forgotten;
+        let archived = (since.is_none() || ask.full_state) && !forgotten;
         if !news && !archived {
+            return Ok(None);
+        }
+        if !news && !ask.filter.room.include_leave && !self.was_put_out(membership)? {
             return Ok(None);
         }
         if membership.out_of_band.is_some() {
@@ -364,6 +366,14 @@ impl Look<'_> {
         let mut body = told.body;
         body.insert("account_data".to_owned(), json!({ "events": [] }));
         Ok(Some(Value::Object(body)))
+    }
+
+    /// Whether somebody else ended the membership. A client hears of that also when it asks for everything
+    /// but left rooms: the user may not know.
+    fn was_put_out(&mut self, membership: &Membership) -> Result<bool> {
+        let event = membership.event;
+        let pdu = storage::events::pdus(self.c, &[event])?.remove(&event);
+        Ok(pdu.is_some_and(|pdu| pdu.sender != self.ask.reader.user))
     }
 
     /// A room the user was never in, and is not invited to any more: only the event that says so.

@@ -90,18 +90,18 @@ pub fn lists(
     went: &[(RoomNid, i64)],
 ) -> Result<(Vec<UserId>, Vec<UserId>)> {
     let me = &ask.reader.user;
-    let (joined, mut gone) = moves(c, ask, since.events, next.events)?;
-    let mut candidates = joined;
+    let (mut candidates, mut gone) = moves(c, ask, since.events, next.events)?;
+    candidates.remove(me);
+    // In a room that is new to the user, the user is too: the other devices may have to know.
     for room in came {
         candidates.extend(sync_reads::joined_users(c, *room)?);
     }
     for (room, _) in went {
         gone.extend(sync_reads::joined_users(c, *room)?);
     }
-    candidates.remove(me);
     let updated = storage::devices::changed_between(c, since.device_lists, next.device_lists)?;
-    let mine = updated.contains(me);
     candidates.extend(updated);
+    let mine = candidates.contains(me);
     let candidates: Vec<UserId> = candidates.into_iter().filter(|user| user != me).collect();
     let mut changed: BTreeSet<UserId> = sync_reads::sharing(c, me, &candidates)?
         .into_iter()

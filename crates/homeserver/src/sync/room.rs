@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::id::UserId;
+use protocol::id::{EventId, UserId};
 use protocol::nid::{EventNid, KeyNid};
 use protocol::state::StateMap;
 use serde_json::{Map, Value, json};
@@ -414,7 +414,10 @@ pub fn unread(view: &mut RoomView<'_>, by_thread: bool) -> Result<(Value, Option
     let mut read_up_to: BTreeMap<String, i64> = BTreeMap::new();
     let mut everywhere = 0;
     for receipt in storage::receipts::of_user(view.c, &room, &user)? {
-        let Some(event) = timeline::by_id(view.c, view.room.nid, &receipt.event)? else {
+        let Ok(read) = EventId::parse(&receipt.event) else {
+            continue;
+        };
+        let Some(event) = timeline::by_id(view.c, view.room.nid, &read)? else {
             continue;
         };
         match receipt.thread {

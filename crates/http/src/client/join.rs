@@ -6,9 +6,10 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
 use homeserver::Homeserver;
+use homeserver::rooms::JoinWish;
 use protocol::id::RoomId;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::client::via;
 use crate::error::Result;
@@ -24,6 +25,8 @@ pub fn routes() -> Router<Homeserver> {
 struct Body {
     reason: Option<String>,
     third_party_signed: Option<Value>,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
 }
 
 async fn join_any(
@@ -53,15 +56,12 @@ async fn answer(
     via: Vec<protocol::id::ServerName>,
     body: Body,
 ) -> Result<Json<Value>> {
-    let room = homeserver
-        .rooms()
-        .join(
-            &caller.user,
-            target,
-            via,
-            body.reason,
-            body.third_party_signed,
-        )
-        .await?;
+    let wish = JoinWish {
+        via,
+        reason: body.reason,
+        third_party_signed: body.third_party_signed,
+        extra: body.extra,
+    };
+    let room = homeserver.rooms().join(&caller.user, target, wish).await?;
     Ok(Json(json!({ "room_id": room })))
 }
