@@ -63,6 +63,7 @@ enabled = false
 # handshake and the resync it knows is left out here; our own tests cover it.
 [join]
 race_send_join = false
+tell_missed_servers = false
 
 [log]
 level = "${VESTIBULE_LOG_LEVEL:-info}"

@@ -220,9 +220,9 @@ class Synapse(Server):
 
 class Vestibule(Server):
     def configure(self):
-        binary = os.environ.get("VESTIBULE_BINARY") or ROOT / "target/release/vestibule"
+        binary = os.environ.get("VESTIBULE_BINARY") or ROOT / "target/debug/vestibule"
         self.binary = Path(binary).resolve()
-        assert self.binary.is_file(), f"{self.binary} is missing: cargo build --release"
+        assert self.binary.is_file(), f"{self.binary} is missing: cargo build"
         sections = {
             "server": {
                 "name": self.name,

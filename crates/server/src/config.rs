@@ -53,6 +53,7 @@ pub const SETTINGS: &[Setting] = settings! {
     "limits.enabled" = "true", "Rate limits on logins, registrations, messages and joins.";
     "limits.full_state_wait_seconds" = "120", "How long a request that needs every member of a room may wait while the room is being completed.";
     "join.race_send_join" = "true", "Send a join to a second server when the first is silent for some seconds.";
+    "join.tell_missed_servers" = "true", "After a resync, send our newest event to servers that it found in the room, so that they can ask for the rest.";
     "join.verification" = "\"batch\"", "\"batch\" verifies signatures in exact batches, \"single\" one at a time.";
     "log.level" = "\"info\"", "error, warn, info, debug or trace, or a filter such as \"info,room=debug\".";
     "log.format" = "\"text\"", "\"text\" or \"json\".";
@@ -149,6 +150,7 @@ pub struct Limits {
 #[serde(deny_unknown_fields)]
 pub struct Join {
     pub race_send_join: bool,
+    pub tell_missed_servers: bool,
     pub verification: Verification,
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use protocol::id::EventId;
+use protocol::id::{EventId, ServerName};
 use protocol::nid::{EventNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
@@ -249,6 +249,24 @@ pub fn ids(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNid, Ev
         })?;
     }
     Ok(found)
+}
+
+const NEWEST_OF_SERVER: &str =
+    "SELECT e.nid, i.event_id FROM events e JOIN event_ids i ON i.nid = e.nid
+    WHERE e.room_nid = $1 AND e.place = 1 AND e.verdict = 0 AND e.sender LIKE $2
+    ORDER BY e.position DESC LIMIT 1";
+
+/// The last accepted event in a room's timeline that a user of this server sent.
+pub fn newest_of_server(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    server: &ServerName,
+) -> Result<Option<(EventNid, EventId)>> {
+    // A server name has no character that LIKE gives a meaning to.
+    let of_server = format!("@%:{server}");
+    c.query_opt(NEWEST_OF_SERVER, &[&room, &of_server], |row| {
+        Ok((EventNid(row.int(0)?), row.id(1)?))
+    })
 }
 
 const AUTH: &str = "SELECT nid, auth FROM events WHERE nid IN (SELECT value FROM rarray($1))";
