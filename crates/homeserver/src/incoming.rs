@@ -310,6 +310,19 @@ fn judge_one(
     }
 }
 
+fn verdict(received: &Received) -> &'static str {
+    match received {
+        Received::Accepted => "accepted",
+        Received::Known => "known",
+        Received::OutOfBand => "out_of_band",
+        Received::Postponed => "postponed",
+        Received::Rejected(_) => "rejected",
+        Received::SoftFailed(_) => "soft_failed",
+        Received::Refused(_) => "refused",
+        Received::Dropped => "dropped",
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -390,6 +403,7 @@ async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
     };
     let mut postponed = false;
     for (event_id, received) in &received {
+        crate::metrics::pdu_received(verdict(received));
         match received {
             Received::Accepted | Received::Known | Received::OutOfBand => {}
             Received::Postponed => postponed = true,

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use protocol::id::{RoomId, UserId};
 use room::effect::Step;
@@ -15,12 +16,23 @@ use tokio::sync::broadcast;
 
 use crate::Homeserver;
 use crate::error::{MatrixError, Result};
+use crate::metrics;
 use crate::notifier::Topic;
 
 /// Progress lines that a slow listener may lag behind before it loses some.
 const FEED_MAX: usize = 256;
 /// Tries of one job that are shown.
 const ATTEMPTS_SHOWN: i64 = 50;
+
+/// The states of a job that has not ended.
+pub(crate) const STATES_UNDER_WAY: [&str; 6] = [
+    "resolving",
+    "asking",
+    "accepted",
+    "verifying",
+    "usable",
+    "resyncing",
+];
 
 #[derive(Clone)]
 pub struct Board {
@@ -100,6 +112,11 @@ impl Jobs<'_> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The state of each job that goes on.
+    pub(crate) fn states(&self) -> Vec<String> {
+        self.lock().values().map(|job| job.state.clone()).collect()
+    }
+
     /// All that go on, and the last that ended.
     pub async fn list(&self, limit: i64) -> storage::Result<Vec<Job>> {
         let mut jobs = self
@@ -171,6 +188,7 @@ impl Jobs<'_> {
             return;
         };
         let mut attempt = None;
+        let now = self.hs.clock().unix_ms();
         self.change(number, |job| match step {
             Step::Asking { server, nth, of } => {
                 job.state = "asking".to_owned();
@@ -192,6 +210,8 @@ impl Jobs<'_> {
             }
             Step::Usable { partial } => {
                 job.state = if partial { "usable" } else { "full" }.to_owned();
+                let outcome = if partial { "partial" } else { "full" };
+                metrics::join_ended(outcome, since(job.created_ms, now));
             }
             Step::Resyncing { from, have, want } => {
                 job.state = "resyncing".to_owned();
@@ -199,6 +219,7 @@ impl Jobs<'_> {
                 job.progress = json!({ "have": have, "want": want }).to_string();
             }
             Step::Retrying { reason, in_ms } => {
+                metrics::resync_round_failed();
                 job.last_error = Some(reason.clone());
                 job.progress = json!({ "next_attempt_in_ms": in_ms }).to_string();
                 attempt = Some((job.donor.clone().unwrap_or_default(), reason));
@@ -206,7 +227,7 @@ impl Jobs<'_> {
             Step::Full => job.state = "full".to_owned(),
         });
         if let Some((server, outcome)) = attempt {
-            let (store, now) = (self.hs.store().clone(), self.hs.clock().unix_ms());
+            let store = self.hs.store().clone();
             self.hs.tracker().spawn(async move {
                 let recorded = store
                     .write(move |c| queues::record_attempt(c, number, &server, now, &outcome))
@@ -242,6 +263,11 @@ impl Jobs<'_> {
     pub(crate) fn close(&self, number: i64, state: &str, error: Option<String>) {
         let now = self.hs.clock().unix_ms();
         self.change(number, |job| {
+            match state {
+                "failed" => metrics::join_ended("failed", since(job.created_ms, now)),
+                "full" => metrics::room_became_full(since(job.created_ms, now)),
+                _ => {}
+            }
             job.state = state.to_owned();
             job.last_error = error.or(job.last_error.take());
             job.finished_ms = Some(now);
@@ -274,6 +300,10 @@ impl Jobs<'_> {
             });
         }
     }
+}
+
+fn since(then_ms: i64, now_ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(now_ms - then_ms).unwrap_or(0))
 }
 
 /// A job as the admin API shows it.

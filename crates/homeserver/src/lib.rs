@@ -34,6 +34,7 @@ pub mod limits;
 pub mod media;
 pub mod membership;
 pub mod messages;
+pub mod metrics;
 pub mod notifier;
 mod outbound;
 pub mod outgoing;

@@ -235,11 +235,13 @@ async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> sto
     let body = batch.body(&hs.config().server_name, hs.clock().unix_ms(), passing);
     match hs.client().send_transaction(server, &txn_id, &body).await {
         Ok(answer) => {
+            crate::metrics::transaction_sent("ok");
             complain(server, &answer);
             settle(hs, server, batch.numbers).await?;
             Ok(Sent::Something)
         }
         Err(error) => {
+            crate::metrics::transaction_sent("failed");
             let pause = failed(hs, server, batch.is_empty()).await?;
             tracing::info!(%server, ?error, pause_ms = pause.as_millis(), "a transaction did not arrive");
             Ok(Sent::Failed(pause))

@@ -10,6 +10,7 @@ mod extract;
 mod federation;
 mod health;
 mod key;
+mod measure;
 mod media;
 mod well_known;
 
@@ -51,6 +52,7 @@ fn for_clients() -> Router<Homeserver> {
 
 fn finished(routes: Router<Homeserver>, homeserver: Homeserver) -> Router {
     routes
+        .route_layer(axum::middleware::from_fn(measure::measure))
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
         .layer(DefaultBodyLimit::disable())

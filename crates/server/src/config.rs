@@ -55,6 +55,7 @@ pub const SETTINGS: &[Setting] = settings! {
     "join.race_send_join" = "true", "Send a join to a second server when the first is silent for some seconds.";
     "join.tell_missed_servers" = "true", "After a resync, send our newest event to servers that it found in the room, so that they can ask for the rest.";
     "join.verification" = "\"batch\"", "\"batch\" verifies signatures in exact batches, \"single\" one at a time.";
+    "metrics.listen" = "[]", "Addresses of a listener of its own for Prometheus, such as [\"127.0.0.1:9090\"]; GET /metrics.";
     "log.level" = "\"info\"", "error, warn, info, debug or trace, or a filter such as \"info,room=debug\".";
     "log.format" = "\"text\"", "\"text\" or \"json\".";
 };
@@ -71,7 +72,14 @@ pub struct Settings {
     pub appservices: Appservices,
     pub limits: Limits,
     pub join: Join,
+    pub metrics: Metrics,
     pub log: Log,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    pub listen: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Deserialize)]

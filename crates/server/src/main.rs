@@ -2,6 +2,7 @@
 
 mod config;
 mod listen;
+mod metrics;
 mod telemetry;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
@@ -149,6 +150,13 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
                 stop.clone(),
             )
             .await?;
+        }
+    }
+    if !settings.metrics.listen.is_empty() {
+        let router = metrics::router(homeserver.clone())?;
+        for address in &settings.metrics.listen {
+            let (tracker, stop) = (tracker.clone(), stop.clone());
+            listen::serve(*address, None, router.clone(), tracker, stop).await?;
         }
     }
     tracing::info!(server = %homeserver.config().server_name, version = env!("CARGO_PKG_VERSION"), "ready");

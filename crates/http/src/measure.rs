@@ -1,0 +1,28 @@
+//! Counts and times requests, by route.
+
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request};
+use axum::middleware::Next;
+use axum::response::Response;
+use homeserver::metrics::{REQUEST_SECONDS, REQUESTS};
+
+/// For routes that exist: what others ask for has no bound.
+pub async fn measure(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let method = request.method().clone();
+    let began = Instant::now();
+    let response = next.run(request).await;
+    if let Some(route) = route {
+        let route = route.as_str().to_owned();
+        let took = began.elapsed().as_secs_f64();
+        metrics::histogram!(REQUEST_SECONDS, "route" => route.clone()).record(took);
+        let labels = [
+            ("route", route),
+            ("method", method.to_string()),
+            ("status", response.status().as_u16().to_string()),
+        ];
+        metrics::counter!(REQUESTS, &labels).increment(1);
+    }
+    response
+}
