@@ -56,6 +56,9 @@ shared_secret = "complement"
 [appservices]
 files = [$appservices]
 
+[server_notices]
+localpart = "_server"
+
 [limits]
 enabled = false
 

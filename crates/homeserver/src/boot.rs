@@ -13,6 +13,7 @@ impl Homeserver {
     /// doors open.
     pub async fn start(&self) -> Result<()> {
         self.create_appservice_senders().await?;
+        self.create_notices_user().await?;
         if let Some(token) = self.config().registration_token.clone() {
             self.store()
                 .write(move |c| {

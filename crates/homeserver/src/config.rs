@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use federation::IpRanges;
-use protocol::id::ServerName;
+use protocol::id::{ServerName, UserId};
 use protocol::room_version::RoomVersion;
 
 #[derive(Clone, Debug)]
@@ -31,6 +31,18 @@ pub struct Config {
     /// How long a client's request may wait for a room to become full (C-35).
     pub full_state_wait_max: Duration,
     pub presence: bool,
+    /// Who speaks for the operators; `None`: nobody.
+    pub server_notices: Option<ServerNotices>,
+}
+
+/// The user that notices come from, and the looks of their rooms.
+#[derive(Clone, Debug)]
+pub struct ServerNotices {
+    pub user: UserId,
+    pub display_name: Option<String>,
+    pub avatar_url: Option<String>,
+    pub room_name: Option<String>,
+    pub room_topic: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,10 +101,11 @@ impl Config {
             trusted_key_servers: Vec::new(),
             full_state_wait_max: Duration::from_secs(120),
             presence: true,
+            server_notices: None,
         }
     }
 
-    pub fn is_ours(&self, user: &protocol::id::UserId) -> bool {
+    pub fn is_ours(&self, user: &UserId) -> bool {
         user.server_str() == self.server_name.as_str()
     }
 }

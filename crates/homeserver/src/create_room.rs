@@ -115,6 +115,23 @@ pub async fn create_room(
     Ok(room)
 }
 
+/// Makes a room with further events after its own, all in one commit.
+pub(crate) async fn create_with(
+    homeserver: &Homeserver,
+    creator: &UserId,
+    request: &CreateRoom,
+    further: Vec<Draft>,
+) -> Result<RoomId> {
+    let profile = profile_of(homeserver, creator).await?;
+    let version = version_of(request.room_version.as_deref(), homeserver.config())?;
+    let mut plan = plan(creator, version, profile, None, request)?;
+    plan.drafts.extend(further);
+    homeserver
+        .rooms()
+        .create(creator, plan.version, plan.drafts)
+        .await
+}
+
 fn version_of(asked: Option<&str>, config: &crate::config::Config) -> Result<RoomVersion> {
     let Some(text) = asked else {
         return Ok(config.default_room_version);
@@ -222,17 +239,17 @@ fn plan(
         drafts.add("m.room.name", "", json!({"name": name}));
     }
     if let Some(topic) = &request.topic {
-        drafts.add(
-            "m.room.topic",
-            "",
-            json!({"topic": topic, "m.topic": {"m.text": [{"body": topic}]}}),
-        );
+        drafts.add("m.room.topic", "", topic_content(topic));
     }
     Ok(Plan {
         version,
         drafts: drafts.list,
         invites,
     })
+}
+
+pub(crate) fn topic_content(topic: &str) -> Value {
+    json!({"topic": topic, "m.topic": {"m.text": [{"body": topic}]}})
 }
 
 struct Drafts<'a> {

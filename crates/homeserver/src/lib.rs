@@ -56,6 +56,7 @@ pub mod rooms;
 pub mod search;
 pub mod send;
 pub mod server_keys;
+pub mod server_notices;
 pub mod shared_secret;
 pub mod sync;
 pub mod tasks;
@@ -127,6 +128,7 @@ struct Inner {
     presence: presence::Watch,
     appservice_client: Option<reqwest::Client>,
     noted_devices: accounts::NotedDevices,
+    notices: server_notices::Locks,
 }
 
 impl Homeserver {
@@ -187,6 +189,7 @@ impl Homeserver {
                 presence: presence::Watch::default(),
                 appservice_client: outbound::trusting_client(),
                 noted_devices: accounts::NotedDevices::default(),
+                notices: server_notices::Locks::default(),
             }),
         }
     }

@@ -34,6 +34,23 @@ pub async fn joined_rooms(homeserver: &Homeserver, user: &UserId) -> Result<Vec<
         .collect())
 }
 
+/// What a user asks for; the server itself may take them out of any room.
+pub async fn leave(
+    homeserver: &Homeserver,
+    user: &UserId,
+    room: &RoomId,
+    reason: Option<String>,
+) -> Result<()> {
+    if homeserver.is_notices_invite(user, room).await? {
+        return Err(MatrixError::new(
+            403,
+            "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM",
+            "An invite to the server's notices cannot be refused",
+        ));
+    }
+    homeserver.rooms().leave(user, room, reason).await
+}
+
 pub async fn kick(
     homeserver: &Homeserver,
     sender: &UserId,

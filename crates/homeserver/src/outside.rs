@@ -119,6 +119,9 @@ impl Rooms<'_> {
         is_direct: bool,
     ) -> Result<()> {
         let ours = self.hs.config().is_ours(target);
+        if self.hs.is_notices_user(target) {
+            return Err(MatrixError::forbidden("This user can not be invited"));
+        }
         let mut member = match ours {
             true => self.member(target, None).await?,
             false => room::template::Member::default(),
@@ -278,10 +281,13 @@ impl Homeserver {
         let invitee = serde_json::from_str::<Value>(&invite.event)
             .ok()
             .and_then(|event| UserId::parse(event.get("state_key")?.as_str()?).ok());
-        if let Some(user) = invitee.filter(|user| self.config().is_ours(user))
-            && !self.user_exists(&user).await?
-        {
-            return Err(MatrixError::not_found("There is no such user"));
+        if let Some(user) = invitee.filter(|user| self.config().is_ours(user)) {
+            if !self.user_exists(&user).await? {
+                return Err(MatrixError::not_found("There is no such user"));
+            }
+            if self.is_notices_user(&user) {
+                return Err(MatrixError::forbidden("This user can not be invited"));
+            }
         }
         let machine = TakeInvite::new(self.own().clone(), invite);
         Ok(drive(self, Run::of(machine)).await.ok_or_else(stopping)??)

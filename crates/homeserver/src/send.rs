@@ -160,7 +160,8 @@ async fn once(
     homeserver.rooms().send(draft, room).await
 }
 
-async fn sent_before(
+/// What this device has sent under this transaction id.
+pub(crate) async fn sent_before(
     homeserver: &Homeserver,
     room: &RoomId,
     user: &UserId,
@@ -294,10 +295,7 @@ async fn member(
             rooms.join(&target, room.as_str(), wish).await?;
         }
         "leave" if own => {
-            homeserver
-                .rooms()
-                .leave(&target, room, text("reason"))
-                .await?;
+            membership::leave(homeserver, &target, room, text("reason")).await?;
         }
         "invite" => {
             let direct = content

@@ -3,10 +3,13 @@
 
 mod joins;
 mod register;
+mod server_notices;
 
 use axum::Router;
 use homeserver::Homeserver;
 
 pub fn routes() -> Router<Homeserver> {
-    register::routes().merge(joins::routes())
+    register::routes()
+        .merge(joins::routes())
+        .merge(server_notices::routes())
 }

@@ -99,7 +99,7 @@ impl FromRequestParts<Homeserver> for MaybeAuthed {
 }
 
 /// A server administrator.
-pub struct Admin;
+pub struct Admin(pub Authed);
 
 impl FromRequestParts<Homeserver> for Admin {
     type Rejection = Error;
@@ -109,7 +109,7 @@ impl FromRequestParts<Homeserver> for Admin {
         if !authed.admin {
             return Err(MatrixError::forbidden("You are not a server administrator").into());
         }
-        Ok(Self)
+        Ok(Self(authed))
     }
 }
 

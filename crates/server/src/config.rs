@@ -50,6 +50,11 @@ pub const SETTINGS: &[Setting] = settings! {
     "registration.token" = "", "The token that registration asks for when the mode is \"token\".";
     "registration.shared_secret" = "", "Enables /_synapse/admin/v1/register for whoever knows this secret.";
     "appservices.files" = "[]", "Registration files (YAML) of application services.";
+    "server_notices.localpart" = "", "The user that notices of the operators come from, the part before the colon. Unset: no notices. It must not be an account that somebody uses.";
+    "server_notices.display_name" = "\"Server notices\"", "The display name of that user.";
+    "server_notices.avatar_url" = "", "Its avatar, mxc://…";
+    "server_notices.room_name" = "\"Server notices\"", "The name of the room in which a user gets notices.";
+    "server_notices.room_topic" = "", "The topic of that room.";
     "limits.enabled" = "true", "Rate limits on logins, registrations, messages and joins.";
     "limits.full_state_wait_seconds" = "120", "How long a request that needs every member of a room may wait while the room is being completed.";
     "join.race_send_join" = "true", "Send a join to a second server when the first is silent for some seconds.";
@@ -70,6 +75,7 @@ pub struct Settings {
     pub federation: Federation,
     pub registration: Registration,
     pub appservices: Appservices,
+    pub server_notices: ServerNotices,
     pub limits: Limits,
     pub join: Join,
     pub metrics: Metrics,
@@ -145,6 +151,16 @@ pub enum RegistrationMode {
 #[serde(deny_unknown_fields)]
 pub struct Appservices {
     pub files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerNotices {
+    pub localpart: Option<String>,
+    pub display_name: Option<String>,
+    pub avatar_url: Option<String>,
+    pub room_name: Option<String>,
+    pub room_topic: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

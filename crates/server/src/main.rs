@@ -16,9 +16,9 @@ use clap::{Parser, Subcommand};
 use federation::{HyperTransport, IpRanges, TransportOptions};
 use homeserver::appservice::Appservices;
 use homeserver::clock::SystemClock;
-use homeserver::config::{Config, JoinSettings, Limits, Registration};
+use homeserver::config::{Config, JoinSettings, Limits, Registration, ServerNotices};
 use homeserver::{Homeserver, Wire};
-use protocol::id::ServerName;
+use protocol::id::{ServerName, UserId};
 use protocol::room_version::RoomVersion;
 use protocol::signature::SigningKey;
 use storage::Store;
@@ -298,7 +298,27 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
         })
         .collect::<anyhow::Result<_>>()?;
     config.presence = settings.server.presence;
+    config.server_notices = server_notices_of(settings, &config.server_name)?;
     Ok(config)
+}
+
+fn server_notices_of(
+    settings: &Settings,
+    server: &ServerName,
+) -> anyhow::Result<Option<ServerNotices>> {
+    let notices = &settings.server_notices;
+    let Some(localpart) = &notices.localpart else {
+        return Ok(None);
+    };
+    let user = UserId::parse(&format!("@{localpart}:{server}"))
+        .with_context(|| format!("server_notices.localpart {localpart:?} makes no user id"))?;
+    Ok(Some(ServerNotices {
+        user,
+        display_name: notices.display_name.clone(),
+        avatar_url: notices.avatar_url.clone(),
+        room_name: notices.room_name.clone(),
+        room_topic: notices.room_topic.clone(),
+    }))
 }
 
 /// Reads the signing key, or makes one at the first start: readable by its owner only, and on disk before

@@ -33,6 +33,9 @@ const OLD_HEROES: &str = "SELECT user_id, event_nid FROM memberships WHERE room_
     AND user_id <> $2 AND membership IN ('leave', 'ban') ORDER BY position, user_id LIMIT $3";
 const JOINED: &str = "SELECT 1 FROM memberships m JOIN rooms r ON r.nid = m.room_nid
     WHERE r.room_id = $1 AND m.user_id = $2 AND m.membership = 'join'";
+const ROOM_WITH: &str = "SELECT r.room_id FROM memberships b
+    JOIN memberships a ON a.room_nid = b.room_nid AND a.user_id = $1 AND a.membership = 'join'
+    JOIN rooms r ON r.nid = b.room_nid WHERE b.user_id = $2 ORDER BY r.nid LIMIT 1";
 const JOINED_USERS: &str = "SELECT user_id FROM memberships
     WHERE room_nid = $1 AND membership = 'join' ORDER BY user_id";
 const SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b
@@ -128,6 +131,11 @@ pub fn heroes(
 
 pub fn is_joined(c: &mut dyn Conn, room: &RoomId, user: &UserId) -> Result<bool> {
     c.exists(JOINED, &[room, user])
+}
+
+/// The oldest room that one user is in and that has a membership of the other, whichever it is.
+pub fn room_with(c: &mut dyn Conn, joined: &UserId, other: &UserId) -> Result<Option<RoomId>> {
+    c.query_opt(ROOM_WITH, &[joined, other], |row| row.id(0))
 }
 
 pub fn joined_users(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {

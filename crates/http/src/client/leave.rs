@@ -6,6 +6,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
 use homeserver::Homeserver;
+use homeserver::membership;
 use protocol::id::RoomId;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,9 +29,6 @@ async fn leave(
     Path(room): Path<RoomId>,
     OptionalJson(body): OptionalJson<Body>,
 ) -> Result<Json<Value>> {
-    homeserver
-        .rooms()
-        .leave(&caller.user, &room, body.reason)
-        .await?;
+    membership::leave(&homeserver, &caller.user, &room, body.reason).await?;
     Ok(Json(json!({})))
 }
