@@ -12,7 +12,7 @@ use room::effect::{
     Ticket,
 };
 use room::join::{Intent, Join, JoinOptions, JoinRequest};
-use room::resync::{Resync, Resynced};
+use room::resync::{Resync, ResyncOptions, Resynced};
 use room::send::{Draft, Send};
 use room::template::Member;
 use serde_json::json;
@@ -200,7 +200,10 @@ impl<'a> World<'a> {
         loop {
             let (own, room) = (self.fixture.us.clone(), self.fixture.room.clone());
             let seed = self.chance.draw();
-            let mut resync = Resync::new(own, room, seed, self.now());
+            let options = ResyncOptions {
+                compare_donors: seed % 2 == 0,
+            };
+            let mut resync = Resync::new(own, room, options, seed, self.now());
             match self.drive(&mut resync, None)? {
                 Step::Outcome(Resynced::Full) => break,
                 Step::Outcome(other) => return Err(format!("the resync came to {other:?}")),

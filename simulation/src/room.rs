@@ -17,7 +17,7 @@ use room::leave::{Leave, LeaveRequest, Left, Why};
 use room::receive::{Incoming, Receive, Received};
 use room::refusal::Refusal;
 use room::resident::{Accept, AcceptRequest, Accepted, Made, Make, MakeRequest, Unserved};
-use room::resync::{Resync, Resynced};
+use room::resync::{Resync, ResyncOptions, Resynced};
 use room::send::{Draft, Send, Sent, Unsent};
 use room::template::{Member, Own};
 use serde_json::json;
@@ -631,7 +631,10 @@ impl World {
         self.servers[server].resyncing = true;
         let own = self.servers[server].own.clone();
         let seed = self.chance.draw();
-        let resync = Resync::new(own, self.room.clone(), seed, self.now());
+        let options = ResyncOptions {
+            compare_donors: seed % 2 == 0,
+        };
+        let resync = Resync::new(own, self.room.clone(), options, seed, self.now());
         self.start(server, Task::Resync(Box::new(resync)));
     }
 

@@ -65,6 +65,8 @@ pub struct Limits {
 pub struct JoinSettings {
     /// Send the same signed join to a second server when the first is silent for some seconds.
     pub race_send_join: bool,
+    /// Ask two servers for the ids of the full state, and compare (O-46).
+    pub compare_donors: bool,
     /// After a resync, send the newest of our events to servers that it found in the room (O-2).
     pub tell_missed_servers: bool,
     /// Verify signatures in exact batches, or one at a time.
@@ -75,6 +77,7 @@ impl Default for JoinSettings {
     fn default() -> Self {
         Self {
             race_send_join: true,
+            compare_donors: true,
             tell_missed_servers: true,
             batch_verification: true,
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use protocol::id::RoomId;
 use room::effect::Now;
 use room::join::{Intent, Join, JoinOptions, JoinRequest};
-use room::resync::{Resync, Resynced};
+use room::resync::{Resync, ResyncOptions, Resynced};
 use room::template::Member;
 use storage::apply::Applied;
 use storage::queues::{self, StoredIntent};
@@ -124,6 +124,9 @@ async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command
     let machine = Resync::new(
         hs.own().clone(),
         room.clone(),
+        ResyncOptions {
+            compare_donors: hs.config().join.compare_donors,
+        },
         rand::random(),
         hs.clock().now(),
     );

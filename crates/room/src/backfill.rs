@@ -224,12 +224,12 @@ impl Backfill {
                 State::Placing(page, Wait::Stored(ticket, count))
             }
             Placing::FetchState(event) => {
-                let fetch = Fetch::new(room, version, event.clone(), donors, &mut self.out);
+                let fetch = Fetch::new(room, version, event.clone(), donors, false, &mut self.out);
                 State::Placing(page, Wait::State(Box::new(fetch), event))
             }
             Placing::FetchAuthEvents(wanted) => {
                 page.asked_for_auth_events = true;
-                let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out);
+                let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out, now);
                 State::Placing(page, Wait::AuthEvents(Box::new(fetch)))
             }
         }
@@ -357,7 +357,7 @@ impl Page {
             let partial = states.iter().flatten().any(|at| at.partial);
             let mut maps: Vec<StateMap> = states.into_iter().flatten().map(|at| at.after).collect();
             let fetched = unknown.iter().filter_map(|id| self.fetched.get(id));
-            maps.extend(fetched.map(|fetched| fetched.after.clone()));
+            maps.extend(fetched.flat_map(Fetched::maps));
             let before = facts.resolve(version, maps)?;
             let Some(verdict) = judge::on_full_state(facts, version, &pdu, &before)? else {
                 continue;

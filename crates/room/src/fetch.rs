@@ -4,6 +4,10 @@
 //! The ids first, then only what is not stored: all at once when that is much, one by one from several
 //! servers when it is little. What is verified is committed in chunks, and what is committed is not fetched
 //! again after a crash (S-25).
+//!
+//! The ids may be asked of two servers (O-46). When these do not agree, neither is believed: both states are
+//! fetched, and whoever needs the state resolves them, as if the room had forked there. So a server that
+//! leaves out a ban, or adds a member, does not get its way alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -27,8 +31,10 @@ use crate::write::{FanOut, NewEvent, Verdict, WriteSet};
 const STATE_IDS_TIMEOUT: Duration = Duration::from_secs(120);
 const STATE_TIMEOUT: Duration = Duration::from_secs(900);
 const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Single events asked for at the same time.
+/// Single events asked for at the same time, of each server that gave ids.
 const EVENTS_AT_ONCE_MAX: usize = 5;
+/// Once all is here, the second server's ids are awaited this long.
+const COMPARE_WAIT: Duration = Duration::from_secs(10);
 /// Servers asked for one event before it is given up.
 const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
@@ -44,8 +50,17 @@ const IDS_MAX: usize = 1_000_000;
 #[derive(Clone, Debug)]
 pub(crate) struct Fetched {
     pub after: StateMap,
+    /// What another server says that it is, when that is something else.
+    pub disputed: Option<StateMap>,
     /// State events that nobody could give, or that can not be used.
     pub holes: usize,
+}
+
+impl Fetched {
+    /// What is to be resolved.
+    pub fn maps(&self) -> impl Iterator<Item = StateMap> + '_ {
+        std::iter::once(&self.after).chain(&self.disputed).cloned()
+    }
 }
 
 /// Why a server's state could not be used.
@@ -60,11 +75,20 @@ pub(crate) struct Fetch {
     version: RoomVersion,
     /// `None` when only single events are wanted.
     event: Option<EventId>,
-    /// The source of the ids first.
+    /// Those asked for the ids first.
     donors: Vec<ServerName>,
+    /// Requests for the ids that are not answered, by donor.
+    ids_asked: BTreeMap<Ticket, usize>,
+    /// Donors that gave ids; the state is theirs to give.
+    sources: Vec<Source>,
+    /// Donors that did not.
+    failures: Vec<(ServerName, Unfetched)>,
+    /// All is here but another server's ids; until when they are awaited.
+    compare_until: Option<Duration>,
     facts: Facts,
     stage: Stage,
-    ids: Ids,
+    /// Everything wanted: state, auth chain, the event itself.
+    wanted: BTreeSet<EventId>,
     stored: BTreeMap<EventId, Found>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
@@ -76,20 +100,24 @@ pub(crate) struct Fetch {
     unreached: BTreeSet<EventId>,
     /// Checks of PDUs that have come.
     checks: BTreeSet<Ticket>,
-    asked_for_state: bool,
+    /// How many sources were asked for the whole state.
+    asked_for_state: usize,
+    /// A whole state came to its end, so that what it lacked is to be had singly, if at all.
+    got_state: bool,
 }
 
-#[derive(Default)]
-struct Ids {
+struct Source {
+    donor: usize,
     state: Vec<EventId>,
-    /// Everything wanted: state, auth chain, the event itself.
-    all: BTreeSet<EventId>,
 }
 
 enum Stage {
-    Ids(Ticket),
+    /// Nobody has given ids so far.
+    Ids,
     /// Looking up what is stored, or sifting what has come.
     Thinking,
+    /// All is here, but another server may see it otherwise.
+    Comparing,
     State(Ticket),
     Events(BTreeMap<Ticket, EventId>, VecDeque<EventId>),
     Storing(Ticket, Vec<Found>, VecDeque<NewEvent>),
@@ -97,34 +125,29 @@ enum Stage {
 }
 
 impl Fetch {
-    /// Asks the first donor for the ids. There must be one.
+    /// Asks the first donor for the ids, and with `compare` the second one too. There must be one.
     pub fn new(
         room: RoomId,
         version: RoomVersion,
         event: EventId,
         donors: Vec<ServerName>,
+        compare: bool,
         out: &mut Outbox,
     ) -> Self {
-        let ask = Ask::StateIds {
-            room: room.clone(),
-            event_id: event.clone(),
-        };
-        let ticket = out.ask(&donors[0], ask, STATE_IDS_TIMEOUT);
+        let asked = donors.iter().take(if compare { 2 } else { 1 });
+        let ids_asked = asked.enumerate().map(|(donor, server)| {
+            let ask = Ask::StateIds {
+                room: room.clone(),
+                event_id: event.clone(),
+            };
+            (out.ask(server, ask, STATE_IDS_TIMEOUT), donor)
+        });
+        let ids_asked = ids_asked.collect();
         Self {
-            version,
             event: Some(event),
-            donors,
-            facts: Facts::new(room),
-            stage: Stage::Ids(ticket),
-            ids: Ids::default(),
-            stored: BTreeMap::new(),
-            waiting: Pdus::new(),
-            flush_at: CHUNK,
-            create: None,
-            tried: BTreeMap::new(),
-            unreached: BTreeSet::new(),
-            checks: BTreeSet::new(),
-            asked_for_state: false,
+            ids_asked,
+            stage: Stage::Ids,
+            ..Self::idle(room, version, donors)
         }
     }
 
@@ -135,17 +158,31 @@ impl Fetch {
         wanted: BTreeSet<EventId>,
         donors: Vec<ServerName>,
         out: &mut Outbox,
+        now: Now,
     ) -> Self {
         let mut this = Self {
+            wanted,
+            got_state: true,
+            ..Self::idle(room, version, donors)
+        };
+        // Nothing can be done without the store's word, so this does not end at once.
+        let ended = this.think(out, now);
+        debug_assert!(ended.is_none());
+        this
+    }
+
+    fn idle(room: RoomId, version: RoomVersion, donors: Vec<ServerName>) -> Self {
+        Self {
             version,
             event: None,
             donors,
+            ids_asked: BTreeMap::new(),
+            sources: Vec::new(),
+            failures: Vec::new(),
+            compare_until: None,
             facts: Facts::new(room),
             stage: Stage::Thinking,
-            ids: Ids {
-                state: Vec::new(),
-                all: wanted,
-            },
+            wanted: BTreeSet::new(),
             stored: BTreeMap::new(),
             waiting: Pdus::new(),
             flush_at: CHUNK,
@@ -153,28 +190,32 @@ impl Fetch {
             tried: BTreeMap::new(),
             unreached: BTreeSet::new(),
             checks: BTreeSet::new(),
-            asked_for_state: true,
-        };
-        // Nothing can be done without the store's word, so this does not end at once.
-        let ended = this.think(out);
-        debug_assert!(ended.is_none());
-        this
+            asked_for_state: 0,
+            got_state: false,
+        }
     }
 
+    /// Who gave the ids first; who was asked first when nobody did.
     pub fn source(&self) -> &ServerName {
-        &self.donors[0]
+        let donor = self.sources.first().map_or(0, |source| source.donor);
+        &self.donors[donor]
+    }
+
+    /// The servers that were asked for ids and gave none, with their reasons.
+    pub fn failures(&self) -> &[(ServerName, Unfetched)] {
+        &self.failures
+    }
+
+    /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
+    pub fn deadline(&self) -> Option<Duration> {
+        self.compare_until
     }
 
     /// How many of the wanted events are here, and how many are wanted.
     pub fn progress(&self) -> (u64, u64) {
-        let wanted = self.ids.all.len() as u64;
-        let have = self
-            .ids
-            .all
-            .iter()
-            .filter(|id| self.stored.contains_key(*id) || self.waiting.contains_key(*id))
-            .count() as u64;
-        (have, wanted)
+        let here = |id: &&EventId| self.stored.contains_key(*id) || self.waiting.contains_key(*id);
+        let have = self.wanted.iter().filter(here).count() as u64;
+        (have, self.wanted.len() as u64)
     }
 
     /// Takes an input; `Some` ends the fetch.
@@ -182,17 +223,32 @@ impl Fetch {
         &mut self,
         input: Input,
         out: &mut Outbox,
-        _: Now,
+        now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
         let stage = std::mem::replace(&mut self.stage, Stage::Over);
         match (stage, input) {
-            (Stage::Ids(t), Input::Answered { ticket, answer, .. }) if t == ticket => {
-                return self.on_ids(answer, out);
+            (stage, Input::Answered { ticket, answer, .. })
+                if self.ids_asked.contains_key(&ticket) =>
+            {
+                self.stage = stage;
+                let donor = self.ids_asked.remove(&ticket).expect("just looked at");
+                return self.on_ids(donor, answer, out, now);
+            }
+            (Stage::Comparing, Input::Woke) => {
+                self.stage = Stage::Comparing;
+                if self
+                    .compare_until
+                    .is_some_and(|until| now.since_start >= until)
+                {
+                    self.ids_asked.clear();
+                    self.stage = Stage::Thinking;
+                    return self.think(out, now);
+                }
             }
             (Stage::Thinking, Input::Loaded { ticket, loaded }) => {
                 self.stage = Stage::Thinking;
                 if self.facts.hear(ticket, loaded) {
-                    return self.think(out);
+                    return self.think(out, now);
                 }
             }
             (Stage::State(t), Input::Part { ticket, pdus, .. }) if t == ticket => {
@@ -200,24 +256,24 @@ impl Fetch {
                 self.check(pdus, out);
             }
             (Stage::State(t), Input::Answered { ticket, answer, .. }) if t == ticket => {
-                // Whatever came counts; what did not is asked for singly.
-                drop(answer);
+                // Whatever came counts. What an answer lacked that came to its end is asked for singly.
+                self.got_state |= answer.is_ok();
                 self.stage = Stage::Thinking;
-                return self.think_if_idle(out);
+                return self.think_if_idle(out, now);
             }
             (Stage::Events(asks, queue), Input::Answered { ticket, answer, .. }) => {
-                return self.on_event(asks, queue, ticket, answer, out);
+                return self.on_event((asks, queue), ticket, answer, out, now);
             }
             (Stage::Storing(t, chunk, rest), Input::Committed { ticket, outcome })
                 if t == ticket =>
             {
-                return self.on_stored(chunk, rest, outcome.is_ok(), out);
+                return self.on_stored(chunk, rest, outcome.is_ok(), out, now);
             }
             (stage, Input::Checked { ticket, pdus }) => {
                 self.stage = stage;
                 if self.checks.remove(&ticket) {
                     self.on_checked(pdus);
-                    return self.think_if_idle(out);
+                    return self.think_if_idle(out, now);
                 }
             }
             (stage, _late_or_double) => self.stage = stage,
@@ -227,30 +283,35 @@ impl Fetch {
 
     fn on_ids(
         &mut self,
+        donor: usize,
         answer: Result<Answer, AskError>,
         out: &mut Outbox,
+        now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
-        let (state, chain) = match answer {
-            Ok(Answer::StateIds {
-                pdu_ids,
-                auth_chain_ids,
-            }) => (pdu_ids, auth_chain_ids),
-            Ok(_) => return unreachable_source("an answer of another kind"),
-            Err(AskError::Refused { errcode, error, .. }) => {
-                return Some(Err(Unfetched::Refused(format!("{errcode}: {error}"))));
+        match ids(answer) {
+            Ok((state, chain)) => {
+                self.wanted.extend(state.iter().chain(&chain).cloned());
+                self.wanted.extend(self.event.clone());
+                self.sources.push(Source { donor, state });
             }
-            Err(AskError::Unreachable { reason }) => {
-                return Some(Err(Unfetched::Unreachable(reason)));
+            Err(failure) => {
+                self.failures
+                    .push((self.donors[donor].clone(), failure.clone()));
+                if self.sources.is_empty() && self.ids_asked.is_empty() {
+                    return Some(Err(failure));
+                }
             }
-        };
-        if state.is_empty() || state.len() + chain.len() > IDS_MAX {
-            return unreachable_source("no state, or too much of it");
         }
-        self.ids.all = state.iter().chain(&chain).cloned().collect();
-        self.ids.all.extend(self.event.clone());
-        self.ids.state = state;
-        self.stage = Stage::Thinking;
-        self.think(out)
+        match self.stage {
+            Stage::Ids if self.sources.is_empty() => None,
+            Stage::Ids | Stage::Comparing => {
+                self.compare_until = None;
+                self.stage = Stage::Thinking;
+                self.think(out, now)
+            }
+            // What it adds is seen at the next thought.
+            _ => None,
+        }
     }
 
     fn check(&mut self, pdus: Vec<RawPdu>, out: &mut Outbox) {
@@ -262,7 +323,7 @@ impl Fetch {
     fn on_checked(&mut self, pdus: Vec<Result<Arc<Pdu>, BadPdu>>) {
         for pdu in pdus.into_iter().flatten() {
             let id = &pdu.event_id;
-            let asked = self.ids.all.contains(id) || self.tried.contains_key(id);
+            let asked = self.wanted.contains(id) || self.tried.contains_key(id);
             if asked && pdu.room_id == self.facts.room && !self.stored.contains_key(id) {
                 if sift::is_create(&pdu) {
                     self.create = Some(pdu.clone());
@@ -274,15 +335,17 @@ impl Fetch {
 
     fn on_event(
         &mut self,
-        mut asks: BTreeMap<Ticket, EventId>,
-        mut queue: VecDeque<EventId>,
+        (mut asks, mut queue): (BTreeMap<Ticket, EventId>, VecDeque<EventId>),
         ticket: Ticket,
         answer: Result<Answer, AskError>,
         out: &mut Outbox,
+        now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
         match (asks.remove(&ticket), answer) {
             (Some(_), Ok(Answer::Pdus(pdus))) => self.check(pdus, out),
-            (Some(id), Err(AskError::Unreachable { .. })) if self.tried.get(&id) == Some(&1) => {
+            (Some(id), Err(AskError::Unreachable { .. }))
+                if self.tried[&id] <= self.sources.len() =>
+            {
                 self.unreached.insert(id);
             }
             _ => {}
@@ -290,7 +353,7 @@ impl Fetch {
         self.ask_events(&mut asks, &mut queue, out);
         if asks.is_empty() {
             self.stage = Stage::Thinking;
-            return self.think_if_idle(out);
+            return self.think_if_idle(out, now);
         }
         self.stage = Stage::Events(asks, queue);
         None
@@ -302,12 +365,19 @@ impl Fetch {
         queue: &mut VecDeque<EventId>,
         out: &mut Outbox,
     ) {
-        while asks.len() < EVENTS_AT_ONCE_MAX
+        let order = self.in_order_of_trust();
+        let at_once = EVENTS_AT_ONCE_MAX * self.sources.len().max(1);
+        while asks.len() < at_once
             && let Some(id) = queue.pop_front()
         {
             let tried = self.tried.entry(id.clone()).or_default();
-            // Who named the ids has the events; the others are for what it can not give (S-6a).
-            let donor = &self.donors[*tried % self.donors.len()];
+            // Those that named the ids have the events, and share the work; the others are for what these
+            // can not give (S-6a).
+            let nth = match *tried < self.sources.len() {
+                true => (*tried + asks.len()) % self.sources.len(),
+                false => *tried % order.len(),
+            };
+            let donor = &self.donors[order[nth]];
             *tried += 1;
             let event_id = id.clone();
             let ticket = out.ask(donor, Ask::Event { event_id }, EVENT_TIMEOUT);
@@ -315,15 +385,22 @@ impl Fetch {
         }
     }
 
+    /// The donors, sources first.
+    fn in_order_of_trust(&self) -> Vec<usize> {
+        let sources: Vec<_> = self.sources.iter().map(|source| source.donor).collect();
+        let others = (0..self.donors.len()).filter(|donor| !sources.contains(donor));
+        sources.iter().copied().chain(others).collect()
+    }
+
     /// Thinks once nothing is on its way.
-    fn think_if_idle(&mut self, out: &mut Outbox) -> Option<Result<Fetched, Unfetched>> {
+    fn think_if_idle(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
         match self.stage {
-            Stage::Thinking if self.checks.is_empty() => self.think(out),
+            Stage::Thinking if self.checks.is_empty() => self.think(out, now),
             _ => None,
         }
     }
 
-    fn think(&mut self, out: &mut Outbox) -> Option<Result<Fetched, Unfetched>> {
+    fn think(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
         let thought = match self.plan() {
             Ok(thought) => thought,
             Err(lacking) => {
@@ -337,16 +414,25 @@ impl Fetch {
                 None
             }
             Thought::AskState(event_id) => {
-                self.asked_for_state = true;
+                let donor = self.sources[self.asked_for_state].donor;
+                self.asked_for_state += 1;
                 let room = self.facts.room.clone();
                 let ask = Ask::State { room, event_id };
-                self.stage = Stage::State(out.ask(&self.donors[0], ask, STATE_TIMEOUT));
+                self.stage = Stage::State(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
                 None
             }
             Thought::AskEvents(ids) => {
                 let (mut asks, mut queue) = (BTreeMap::new(), ids.into());
                 self.ask_events(&mut asks, &mut queue, out);
                 self.stage = Stage::Events(asks, queue);
+                None
+            }
+            Thought::Done(_) if !self.ids_asked.is_empty() => {
+                let until = self
+                    .compare_until
+                    .get_or_insert(now.since_start + COMPARE_WAIT);
+                debug_assert!(*until >= now.since_start);
+                self.stage = Stage::Comparing;
                 None
             }
             Thought::Done(done) => {
@@ -358,7 +444,7 @@ impl Fetch {
 
     /// What is to be done next, from all that is here.
     fn plan(&mut self) -> Got<Thought> {
-        let mut ids: BTreeSet<_> = self.ids.all.clone();
+        let mut ids = self.wanted.clone();
         ids.extend(sift::outside(&self.waiting));
         // From version 12 on every event stands on the create event without naming it.
         if self.version.rules().room_id_is_create_hash {
@@ -386,16 +472,17 @@ impl Fetch {
                 return Ok(Thought::Store(events));
             }
         }
-        let much = missing.len() * 100 >= self.ids.all.len() * MISSING_FOR_STATE_PERCENT;
+        let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
         if much
-            && !self.asked_for_state
+            && !self.got_state
+            && self.asked_for_state < self.sources.len()
             && missing.len() > 1
             && let Some(event) = &self.event
         {
             return Ok(Thought::AskState(event.clone()));
         }
         let donors = self.donors.len().min(DONORS_MAX);
-        let full = self.tried.len() >= self.ids.all.len() + UNNAMED_MAX;
+        let full = self.tried.len() >= self.wanted.len() + UNNAMED_MAX;
         missing.retain(|id| match self.tried.get(id) {
             Some(tried) => *tried < donors,
             None => !full,
@@ -467,10 +554,11 @@ impl Fetch {
         rest: VecDeque<NewEvent>,
         committed: bool,
         out: &mut Outbox,
+        now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
         if !committed {
             // The room was purged in the meantime; nothing here is of use any more.
-            return unreachable_source("the room is gone");
+            return Some(Err(unreachable("the room is gone")));
         }
         for found in chunk {
             let id = found.pdu.event_id.clone();
@@ -482,10 +570,9 @@ impl Fetch {
             return None;
         }
         self.stage = Stage::Thinking;
-        self.think_if_idle(out)
+        self.think_if_idle(out, now)
     }
 
-    /// The map after the event: the state before it, with the event itself in it (P-18).
     fn build(&self) -> Result<Fetched, Unfetched> {
         // A lost answer is no hole: what is stored stays, and the source is asked again some time.
         if self
@@ -493,47 +580,78 @@ impl Fetch {
             .iter()
             .any(|id| !self.stored.contains_key(id))
         {
-            let reason = "it could not be asked for all events".to_owned();
-            return Err(Unfetched::Unreachable(reason));
+            return Err(unreachable("it could not be asked for all events"));
         }
         let Some(event) = &self.event else {
             return Ok(self.build_events());
         };
-        let ids = self.ids.state.iter().chain([event]);
-        let usable = |id: &EventId| self.stored.get(id).filter(|found| !found.known.rejected);
+        let built = self.sources.iter().map(|source| self.map_of(source, event));
+        let mut built = built.filter(|(map, _)| self.has_create(map));
+        let Some((after, holes)) = built.next() else {
+            return Err(unreachable("the state has no create event of this room"));
+        };
+        let (disputed, more) = match built.find(|(map, _)| *map != after) {
+            Some((map, more)) => (Some(map), more),
+            None => (None, 0),
+        };
+        Ok(Fetched {
+            after,
+            disputed,
+            holes: holes + more,
+        })
+    }
+
+    /// The map after the event: the state before it, with the event itself in it (P-18); and how many of its
+    /// events are not to be had.
+    fn map_of(&self, source: &Source, event: &EventId) -> (StateMap, usize) {
         let mut after = StateMap::new();
         let mut holes = 0;
-        for id in ids {
-            match usable(id) {
+        for id in source.state.iter().chain([event]) {
+            match self.stored.get(id) {
+                Some(found) if found.known.rejected => {}
                 Some(found) => {
                     if let Some(key) = found.key {
                         after.insert(key, found.known.nid);
                     }
                 }
-                None if !self.stored.contains_key(id) => holes += 1,
-                None => {}
+                None => holes += 1,
             }
         }
-        let has_create = self
-            .create
-            .as_ref()
-            .and_then(|create| self.stored.get(&create.event_id))
-            .is_some_and(|found| found.key.and_then(|key| after.get(key)) == Some(found.known.nid));
-        if !has_create {
-            let reason = "the state has no create event of this room".to_owned();
-            return Err(Unfetched::Unreachable(reason));
-        }
-        Ok(Fetched { after, holes })
+        (after, holes)
     }
-}
 
-impl Fetch {
+    fn has_create(&self, map: &StateMap) -> bool {
+        let create = self.create.as_ref();
+        create
+            .and_then(|create| self.stored.get(&create.event_id))
+            .is_some_and(|found| found.key.and_then(|key| map.get(key)) == Some(found.known.nid))
+    }
+
     fn build_events(&self) -> Fetched {
         let absent = |id: &&EventId| !self.stored.contains_key(*id);
         Fetched {
             after: StateMap::new(),
-            holes: self.ids.all.iter().filter(absent).count(),
+            disputed: None,
+            holes: self.wanted.iter().filter(absent).count(),
         }
+    }
+}
+
+/// State and auth chain of an answer.
+fn ids(answer: Result<Answer, AskError>) -> Result<(Vec<EventId>, Vec<EventId>), Unfetched> {
+    match answer {
+        Ok(Answer::StateIds {
+            pdu_ids,
+            auth_chain_ids,
+        }) if !pdu_ids.is_empty() && pdu_ids.len() + auth_chain_ids.len() <= IDS_MAX => {
+            Ok((pdu_ids, auth_chain_ids))
+        }
+        Ok(Answer::StateIds { .. }) => Err(unreachable("no state, or too much of it")),
+        Ok(_) => Err(unreachable("an answer of another kind")),
+        Err(AskError::Refused { errcode, error, .. }) => {
+            Err(Unfetched::Refused(format!("{errcode}: {error}")))
+        }
+        Err(AskError::Unreachable { reason }) => Err(Unfetched::Unreachable(reason)),
     }
 }
 
@@ -544,6 +662,6 @@ enum Thought {
     Done(Result<Fetched, Unfetched>),
 }
 
-fn unreachable_source(reason: &str) -> Option<Result<Fetched, Unfetched>> {
-    Some(Err(Unfetched::Unreachable(reason.to_owned())))
+fn unreachable(reason: &str) -> Unfetched {
+    Unfetched::Unreachable(reason.to_owned())
 }

@@ -182,7 +182,7 @@ impl Receive {
                 let donors = vec![self.origin.clone()];
                 let version = s.item.pdu.version;
                 let room = self.room.clone();
-                let fetch = Fetch::new(room, version, event.clone(), donors, &mut self.out);
+                let fetch = Fetch::new(room, version, event.clone(), donors, false, &mut self.out);
                 State::Judging(s, Wait::State(Box::new(fetch), event))
             }
             Judgement::FetchAuthEvents(wanted) => {
@@ -190,7 +190,7 @@ impl Receive {
                 let donors = vec![self.origin.clone()];
                 let version = s.item.pdu.version;
                 let room = self.room.clone();
-                let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out);
+                let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out, now);
                 State::Judging(s, Wait::AuthEvents(Box::new(fetch)))
             }
         }
@@ -418,7 +418,7 @@ impl Judging {
         let partial = states.iter().flatten().any(|at| at.partial);
         let mut maps: Vec<_> = states.into_iter().flatten().map(|at| at.after).collect();
         let fetched = unknown.iter().filter_map(|id| self.fetched.get(id));
-        maps.extend(fetched.map(|fetched| fetched.after.clone()));
+        maps.extend(fetched.flat_map(Fetched::maps));
         Ok((self.facts.resolve(head.version, maps)?, partial))
     }
 

@@ -48,8 +48,15 @@ pub enum Resynced {
     Gone,
 }
 
+#[derive(Clone, Copy, Debug)]
+pub struct ResyncOptions {
+    /// Ask two servers for the ids of a state, and compare (O-46).
+    pub compare_donors: bool,
+}
+
 pub struct Resync {
     own: Own,
+    options: ResyncOptions,
     room: RoomId,
     chance: Chance,
     state: State,
@@ -92,9 +99,10 @@ struct Round {
 }
 
 impl Resync {
-    pub fn new(own: Own, room: RoomId, seed: u64, now: Now) -> Self {
+    pub fn new(own: Own, room: RoomId, options: ResyncOptions, seed: u64, now: Now) -> Self {
         let mut this = Self {
             own,
+            options,
             chance: Chance::new(seed),
             state: State::Thinking,
             facts: Facts::new(room.clone()),
@@ -158,6 +166,7 @@ impl Machine for Resync {
     fn deadline(&self) -> Option<Duration> {
         match self.state {
             State::Resting(until) => Some(until),
+            State::Fetching(ref fetch, _) => fetch.deadline(),
             _ => None,
         }
     }
@@ -242,14 +251,19 @@ impl Resync {
             return self.end_round(nobody, head.version, now);
         }
         let source = self.sources.remove(0);
-        let others = std::iter::once(&marker.joined_via)
+        let mut seen = BTreeSet::new();
+        let donors = std::iter::once(&source)
+            .chain(&self.sources)
+            .chain([&marker.joined_via])
             .chain(&marker.servers_in_room)
-            .filter(|server| **server != source && **server != self.own.name)
+            .filter(|server| **server != self.own.name && seen.insert((*server).clone()))
             .take(SOURCES_MAX)
-            .cloned();
-        let donors = std::iter::once(source.clone()).chain(others).collect();
+            .cloned()
+            .collect();
         let room = self.room.clone();
-        let fetch = Fetch::new(room, head.version, event.clone(), donors, &mut self.out);
+        let compare = self.options.compare_donors;
+        let (version, wanted) = (head.version, event.clone());
+        let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out);
         self.state = State::Fetching(Box::new(fetch), event);
         self.tell(Step::Resyncing {
             from: source,
@@ -299,6 +313,10 @@ impl Resync {
         now: Now,
     ) {
         let source = fetch.source().clone();
+        for (server, failure) in fetch.failures() {
+            self.sources.retain(|other| other != server);
+            self.note(server, failure.clone());
+        }
         match fetched {
             Ok(fetched) => {
                 let (have, want) = fetch.progress();
@@ -307,12 +325,23 @@ impl Resync {
                     have,
                     want,
                 });
+                if let Some(other) = &fetched.disputed {
+                    let differ = fetched.after.diff(other).len();
+                    self.tell(Step::Failed {
+                        server: source.clone(),
+                        reason: format!(
+                            "another server gives another state, in {differ} entries; both count"
+                        ),
+                    });
+                }
                 self.fetched.insert(event, fetched);
                 self.rounds_failed = 0;
                 // Who has served well is asked first for the next event too (S-20).
+                self.sources.retain(|other| *other != source);
                 self.sources.insert(0, source);
             }
-            Err(failure) => self.note(&source, failure),
+            Err(failure) if fetch.failures().is_empty() => self.note(&source, failure),
+            Err(_) => {}
         }
         self.facts.forget();
         self.think(now);
@@ -429,7 +458,11 @@ impl Batch {
         }
         let mut maps: Vec<_> = prevs.into_iter().flatten().map(|at| at.after).collect();
         let unknown = event.unknown_prevs.iter();
-        maps.extend(unknown.filter_map(|id| Some(fetched.get(id)?.after.clone())));
+        maps.extend(
+            unknown
+                .filter_map(|id| fetched.get(id))
+                .flat_map(Fetched::maps),
+        );
         let before = facts.resolve(head.version, maps)?;
         self.settle(facts, head, event, before)?;
         Ok(true)

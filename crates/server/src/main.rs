@@ -280,6 +280,7 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
     config.full_state_wait_max = Duration::from_secs(settings.limits.full_state_wait_seconds);
     config.join = JoinSettings {
         race_send_join: settings.join.race_send_join,
+        compare_donors: settings.join.compare_donors,
         tell_missed_servers: settings.join.tell_missed_servers,
         batch_verification: settings.join.verification == Verification::Batch,
     };
