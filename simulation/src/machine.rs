@@ -62,6 +62,8 @@ struct World<'a> {
     /// Joins that a resident accepted.
     accepted: BTreeSet<EventId>,
     crashes_left: u64,
+    /// Leaves something out of every state that it gives.
+    liar: Option<ServerName>,
     trace: String,
     broken: Option<String>,
 }
@@ -89,6 +91,7 @@ impl<'a> World<'a> {
             queue: BTreeMap::new(),
             store: Store::new(fixture.us.name.clone()),
             accepted: BTreeSet::new(),
+            liar: None,
             trace: String::new(),
             broken: None,
         }
@@ -203,6 +206,11 @@ impl<'a> World<'a> {
             let options = ResyncOptions {
                 compare_donors: seed % 2 == 0,
             };
+            // O-46: one liar gets nowhere, unless there is nobody to contradict it.
+            let lies = options.compare_donors && self.faults == 0;
+            let residents = &self.fixture.residents;
+            let liar = self.chance.pick(residents).cloned();
+            self.liar = liar.filter(|_| lies);
             let mut resync = Resync::new(own, room, options, seed, self.now());
             match self.drive(&mut resync, None)? {
                 Step::Outcome(Resynced::Full) => break,
@@ -405,7 +413,7 @@ impl<'a> World<'a> {
                 omit_members,
                 ..
             } => self.serve_send_join(to, event, event_id, *omit_members),
-            Ask::StateIds { .. } => self.serve_state_ids(),
+            Ask::StateIds { .. } => self.serve_state_ids(to),
             Ask::State { .. } => {
                 let mut parts = self.parts(Section::State, &self.fixture.state.clone());
                 parts.extend(self.parts(Section::AuthChain, &self.fixture.chain.clone()));
@@ -523,11 +531,19 @@ impl<'a> World<'a> {
             .collect()
     }
 
-    fn serve_state_ids(&mut self) -> Served {
+    fn serve_state_ids(&mut self, by: &ServerName) -> Served {
         let ids = |pdus: &[Arc<Pdu>]| pdus.iter().map(|pdu| pdu.event_id.clone()).collect();
         let mut pdu_ids: Vec<EventId> = ids(&self.fixture.state);
         if self.fault() && self.chance.percent(20) {
             pdu_ids.clear();
+        }
+        if self.liar.as_ref() == Some(by) {
+            let create = |pdu: &Arc<Pdu>| &*pdu.kind == "m.room.create";
+            let create = self.fixture.state.iter().position(create);
+            let left_out = self.chance.below(pdu_ids.len() as u64) as usize;
+            if create != Some(left_out) {
+                pdu_ids.remove(left_out);
+            }
         }
         let answer = Answer::StateIds {
             pdu_ids,
