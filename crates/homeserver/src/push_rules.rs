@@ -5,8 +5,9 @@
 use protocol::id::UserId;
 use ruma_common::OwnedUserId;
 use ruma_common::push::{
-    Action, AnyPushRuleRef, InsertPushRuleError, NewConditionalPushRule, NewPatternedPushRule,
-    NewPushRule, NewSimplePushRule, PushCondition, RemovePushRuleError, RuleKind, Ruleset,
+    Action, AnyPushRuleRef, ConditionalPushRuleInit, InsertPushRuleError, NewConditionalPushRule,
+    NewPatternedPushRule, NewPushRule, NewSimplePushRule, PatternedPushRuleInit, PushCondition,
+    RemovePushRuleError, RuleKind, Ruleset, SoundTweakValue, Tweak,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -33,8 +34,66 @@ pub struct NewRule {
 
 /// The rules that everybody begins with.
 fn defaults(user: &UserId) -> Ruleset {
-    OwnedUserId::try_from(user.as_str())
-        .map_or_else(|_| Ruleset::new(), |user| Ruleset::server_default(&user))
+    let Ok(id) = OwnedUserId::try_from(user.as_str()) else {
+        return Ruleset::new();
+    };
+    let mut rules = Ruleset::server_default(&id);
+    add_rules_on_words(&mut rules, user.localpart());
+    rules
+}
+
+/// The specification dropped these three with version 1.17, but many clients and bridges still send messages
+/// without `m.mentions`, and their mentions would be silent. Events with `m.mentions` are not subject to
+/// them, which the crate sees to.
+fn add_rules_on_words(rules: &mut Ruleset, localpart: &str) {
+    let highlight = vec![
+        Action::Notify,
+        Action::SetTweak(Tweak::Highlight(true.into())),
+    ];
+    let loud = [
+        vec![
+            Action::Notify,
+            Action::SetTweak(Tweak::Sound(SoundTweakValue::Default)),
+        ],
+        highlight[1..].to_vec(),
+    ]
+    .concat();
+    let display_name = ConditionalPushRuleInit {
+        actions: loud.clone(),
+        default: true,
+        enabled: true,
+        rule_id: ".m.rule.contains_display_name".to_owned(),
+        conditions: conditions(json!([{ "kind": "contains_display_name" }])),
+    };
+    let everybody = ConditionalPushRuleInit {
+        actions: highlight,
+        default: true,
+        enabled: true,
+        rule_id: ".m.rule.roomnotif".to_owned(),
+        conditions: conditions(json!([
+            { "kind": "event_match", "key": "content.body", "pattern": "@room" },
+            { "kind": "sender_notification_permission", "key": "room" },
+        ])),
+    };
+    let user_name = PatternedPushRuleInit {
+        actions: loud,
+        default: true,
+        enabled: true,
+        rule_id: ".m.rule.contains_user_name".to_owned(),
+        pattern: localpart.to_owned(),
+    };
+    for (rule, after) in [
+        (display_name, ".m.rule.is_user_mention"),
+        (everybody, ".m.rule.is_room_mention"),
+    ] {
+        let place = rules.override_.get_index_of(after).map_or(0, |n| n + 1);
+        rules.override_.shift_insert(place, rule.into());
+    }
+    rules.content.insert(user_name.into());
+}
+
+fn conditions(list: Value) -> Vec<PushCondition> {
+    serde_json::from_value(list).expect("these are conditions")
 }
 
 /// What a new account's account data says.
@@ -307,6 +366,27 @@ mod tests {
             assert!(again["global"][kind].is_array(), "{kind}");
         }
         assert_eq!(again["global"]["override"][0]["rule_id"], ".m.rule.master");
+    }
+
+    #[test]
+    fn mentions_by_words_have_their_place_and_survive_storing() {
+        let rules = content(&defaults(&alice()));
+        let ids = |kind: &str| -> Vec<String> {
+            let rules = rules["global"][kind].as_array().unwrap();
+            let id = |rule: &Value| rule["rule_id"].as_str().unwrap().to_owned();
+            rules.iter().map(id).collect()
+        };
+        let overrides = ids("override");
+        let at = |id: &str| overrides.iter().position(|other| other == id).unwrap();
+        assert_eq!(
+            at(".m.rule.is_user_mention") + 1,
+            at(".m.rule.contains_display_name")
+        );
+        assert_eq!(at(".m.rule.is_room_mention") + 1, at(".m.rule.roomnotif"));
+        assert_eq!(ids("content"), [".m.rule.contains_user_name"]);
+        assert_eq!(rules["global"]["content"][0]["pattern"], "alice");
+        let stored = rules.to_string();
+        assert_eq!(content(&read(&alice(), Some(&stored))).to_string(), stored);
     }
 
     #[test]
