@@ -47,7 +47,6 @@ fn for_clients() -> Router<Homeserver> {
         .merge(well_known::routes())
         .merge(admin::routes())
         .merge(health::routes())
-        .layer(cors())
 }
 
 fn finished(routes: Router<Homeserver>, homeserver: Homeserver) -> Router {
@@ -55,6 +54,8 @@ fn finished(routes: Router<Homeserver>, homeserver: Homeserver) -> Router {
         .route_layer(axum::middleware::from_fn(measure::measure))
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
+        // Around the fallbacks too: a preflight is a method that no route names.
+        .layer(cors())
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(error::panicked))
         .with_state(homeserver)
