@@ -25,6 +25,7 @@ impl Homeserver {
         self.outgoing().resume().await?;
         self.resume_incoming().await?;
         self.tasks().resume().await?;
+        self.mind_all_guests().await?;
         self.resume_pushing().await?;
         self.watch_presence();
         self.tell_appservices();

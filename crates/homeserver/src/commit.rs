@@ -40,6 +40,7 @@ impl Homeserver {
         } else if moved(&applied) || clears {
             self.notifier().wake_room(&room);
         }
+        self.mind_guests(&room, &applied);
         if applied.room.is_some() && !clears {
             self.introduce_devices(&room, &applied);
         }

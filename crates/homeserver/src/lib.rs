@@ -26,6 +26,7 @@ mod drive;
 pub mod error;
 pub mod federation_reads;
 pub mod full_state;
+mod guests;
 mod ignored;
 pub mod incoming;
 pub mod jobs;

@@ -345,6 +345,7 @@ impl Rooms<'_> {
     /// `POST /join/{roomIdOrAlias}`. Returns when the room is usable; the rest is opened behind.
     pub async fn join(&self, user: &UserId, target: &str, wish: JoinWish) -> Result<RoomId> {
         let (room, servers) = self.resolve(target, wish.via).await?;
+        self.hs.check_guest(user, &room).await?;
         if let Some(signed) = wish.third_party_signed {
             self.hs.redeem_for(&room, user, signed).await?;
         }

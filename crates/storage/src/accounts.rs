@@ -2,7 +2,7 @@
 //!
 //! Tokens come in as their SHA-256; whoever calls has hashed them.
 
-use protocol::id::UserId;
+use protocol::id::{RoomId, UserId};
 
 use crate::driver::{Conn, Result};
 
@@ -35,6 +35,14 @@ const REACTIVATE: &str = "UPDATE users SET deactivated = 0, erased = 0, password
 const LIST: &str =
     "SELECT user_id, password_hash, created_ms, admin, guest, deactivated, erased, locked, appservice
     FROM users WHERE user_id > $1 ORDER BY user_id LIMIT $2";
+
+const GUESTS_IN: &str = "SELECT m.user_id FROM memberships m JOIN rooms r ON r.nid = m.room_nid
+    JOIN users u ON u.user_id = m.user_id
+    WHERE r.room_id = $1 AND m.local = 1 AND m.membership = 'join' AND u.guest = 1
+    ORDER BY m.user_id";
+const ROOMS_WITH_GUESTS: &str = "SELECT DISTINCT r.room_id FROM users u
+    JOIN memberships m ON m.user_id = u.user_id AND m.membership = 'join'
+    JOIN rooms r ON r.nid = m.room_nid WHERE u.guest = 1 ORDER BY r.room_id";
 
 /// `false` when the name is taken.
 pub fn create(c: &mut dyn Conn, user: &UserId, new: &User) -> Result<bool> {
@@ -82,6 +90,15 @@ pub fn list(c: &mut dyn Conn, after: &str, limit: i64) -> Result<Vec<(UserId, Us
         };
         Ok((row.id(0)?, user))
     })
+}
+
+/// The guests that are joined to a room.
+pub fn guests_in(c: &mut dyn Conn, room: &RoomId) -> Result<Vec<UserId>> {
+    c.query_all(GUESTS_IN, &[room], |row| row.id(0))
+}
+
+pub fn rooms_with_guests(c: &mut dyn Conn) -> Result<Vec<RoomId>> {
+    c.query_all(ROOMS_WITH_GUESTS, &[], |row| row.id(0))
 }
 
 pub fn set_password(c: &mut dyn Conn, user: &UserId, hash: Option<&str>) -> Result<()> {

@@ -46,7 +46,7 @@ async fn set(
     Path((user, name)): Path<(UserId, String)>,
     Json(mut body): Json<Map<String, Value>>,
 ) -> Result<Json<Value>> {
-    may_set(&caller, &user)?;
+    may_set(&caller, &user, &name)?;
     let value = body.remove(&name);
     if value.is_none() && !matches!(name.as_str(), "displayname" | "avatar_url") {
         return Err(MatrixError::missing_param(format!("{name} is missing")).into());
@@ -60,12 +60,16 @@ async fn remove(
     caller: Authed,
     Path((user, name)): Path<(UserId, String)>,
 ) -> Result<Json<Value>> {
-    may_set(&caller, &user)?;
+    may_set(&caller, &user, &name)?;
     homeserver.set_profile_field(&user, &name, None).await?;
     Ok(Json(json!({})))
 }
 
-fn may_set(caller: &Authed, user: &UserId) -> Result<()> {
+fn may_set(caller: &Authed, user: &UserId, name: &str) -> Result<()> {
+    if caller.guest && name != "displayname" {
+        let words = "Guests have only a display name";
+        return Err(MatrixError::guest_access_forbidden(words).into());
+    }
     if caller.user == *user || caller.admin {
         return Ok(());
     }

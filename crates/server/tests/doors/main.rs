@@ -1,4 +1,5 @@
 //! Whole servers, asked through the doors that clients use.
 
+mod accounts;
 mod server_notices;
 mod world;

@@ -30,6 +30,14 @@ pub struct Network {
     asked: Mutex<Vec<String>>,
 }
 
+impl Network {
+    /// How often a path was asked for.
+    pub fn count(&self, path: &str) -> usize {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().filter(|line| line.contains(path)).count()
+    }
+}
+
 impl Transport for Network {
     fn send(&self, request: Outgoing) -> BoxFuture<'_, Result<Response, TransportError>> {
         let router = self.servers.lock().unwrap().get(&request.to).cloned();
@@ -191,6 +199,15 @@ impl Server {
         self.user(&answer)
     }
 
+    pub async fn login(&self, name: &str, password: &str) -> (u16, Value) {
+        let body = json!({
+            "type": "m.login.password",
+            "identifier": { "type": "m.id.user", "user": name },
+            "password": password,
+        });
+        self.ask("POST", "/login", "", body).await
+    }
+
     pub async fn administrator(&self, name: &str) -> User<'_> {
         let opened = self
             .homeserver
@@ -201,6 +218,7 @@ impl Server {
             server: self,
             id: opened.user.to_string(),
             token: opened.access_token,
+            device: opened.device,
         }
     }
 
@@ -211,6 +229,7 @@ impl Server {
             server: self,
             id: text("user_id"),
             token: text("access_token"),
+            device: text("device_id"),
         }
     }
 }
@@ -220,6 +239,7 @@ pub struct User<'a> {
     pub server: &'a Server,
     pub id: String,
     pub token: String,
+    pub device: String,
 }
 
 impl User<'_> {
@@ -241,6 +261,17 @@ impl User<'_> {
         assert_ne!(status, 200, "{method} {path}: {answer}");
         let errcode = answer["errcode"].as_str().unwrap_or_default();
         (status, errcode.to_owned())
+    }
+
+    pub async fn create_room(&self, request: Value) -> String {
+        let made = self.post("/createRoom", request).await;
+        made["room_id"].as_str().unwrap().to_owned()
+    }
+
+    /// Joins a room, through a server that knows it.
+    pub async fn join(&self, room: &str, via: &str) {
+        self.post(&format!("/join/{room}?via={via}"), json!({}))
+            .await;
     }
 
     /// Syncs until there is what `look` finds; with it comes the token from there on.
