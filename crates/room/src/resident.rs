@@ -16,7 +16,7 @@ use protocol::state::StateMap;
 use serde_json::{Map, Value, json};
 
 use crate::acl;
-use crate::effect::{Effect, Handshake, Head, Input, Machine, Now, StateKey, Ticket};
+use crate::effect::{Effect, Handshake, Head, Input, Machine, Now, Place, StateKey, Ticket};
 use crate::facts::{Facts, Got, auth_keys, both};
 use crate::outbox::Outbox;
 use crate::refusal::Refusal;
@@ -563,7 +563,8 @@ impl Accepting {
         let Some(found) = found.into_iter().next().flatten() else {
             return Ok(None);
         };
-        if found.known.rejected {
+        // An outlier was never accepted, whatever the facts say of the state it is about to have.
+        if found.known.rejected || found.known.place == Place::Outlier {
             return Ok(None);
         }
         let states = facts.states(&[found.known.nid])?;
