@@ -317,7 +317,13 @@ impl Judging {
         if placed {
             return Ok(Judgement::End(Received::Known));
         }
-        let Some(head) = head.filter(|head| !head.local_joined.is_empty()) else {
+        // A gap is filled to its end even if a ban in it throws all of ours out: what comes after the ban may
+        // bring them back, and nobody would send it again.
+        let filling = self.item.asked;
+        let taken = |head: &Arc<Head>| {
+            !head.local_joined.is_empty() || filling && !head.forward_extremities.is_empty()
+        };
+        let Some(head) = head.filter(taken) else {
             return self.judge_from_outside(own, origin);
         };
         if pdu.version != head.version || pdu.room_id != self.facts.room {
