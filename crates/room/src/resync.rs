@@ -247,7 +247,8 @@ impl Resync {
             return self.done(Resynced::Full);
         };
         if self.sources.is_empty() {
-            let nobody = head.local_joined.is_empty();
+            // Nobody is in the room, and nobody is on the way.
+            let nobody = head.local_joined.is_empty() && !head.handshake_running;
             return self.end_round(nobody, head.version, now);
         }
         let source = self.sources.remove(0);

@@ -115,7 +115,10 @@ pub enum PartialChange {
     /// The room is full: marker, join list and spent device rows go, the room enters the "became full"
     /// stream. Refused as stale while partial events remain or a handshake runs (S-11, S-12a).
     Clear,
-    /// As Clear, but whatever is left partial is dropped with it and nothing is announced (S-17, S-29).
+    /// The marker goes although events are partial, and nothing is announced (S-17, S-29). These events, and
+    /// what was built on them, were judged on a state that nobody can vouch for: they stay to be read, but
+    /// are outliers to every later load, as if the room had never been joined. Those rejected are not known
+    /// at all. There are no forward extremities any more; the next join brings its own.
     Free,
 }
 

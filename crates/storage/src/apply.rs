@@ -279,6 +279,10 @@ impl Plan {
             PartialChange::Clear => clear(c, row.nid, marked_before, &mut applied)?,
             PartialChange::Free => free(c, row.nid)?,
         }
+        // P-2: what was made while the room was partial is made anew when it has become full meanwhile.
+        if self.makes_partial() && !rooms::is_partial(c, row.nid)? {
+            return Err(Error::Stale);
+        }
         forget_device_lists(c, row.nid, &applied.memberships)?;
         for new in &writes.out_of_band {
             let position = out_of_band::put(c, row.nid, new)?;
@@ -310,6 +314,14 @@ impl Plan {
         Ok(applied)
     }
 
+    /// Whether any event of this is partial.
+    fn makes_partial(&self) -> bool {
+        let new = self.writes.events.iter();
+        let new = new.filter_map(|event| event.state.as_ref());
+        let again = self.writes.rejudged.iter().map(|event| &event.state);
+        new.chain(again).any(|state| state.partial)
+    }
+
     /// Whether this may give out positions of the events stream.
     fn moves(&self) -> bool {
         let writes = &self.writes;
@@ -328,7 +340,12 @@ impl Plan {
             return Ok(None);
         }
         let numbers = self.numbers(c)?;
-        let (stored, upgraded) = self.sort_out(c, row.nid)?;
+        let Sorted {
+            stored,
+            upgraded,
+            afresh,
+            back,
+        } = self.sort_out(c, row.nid)?;
         let placed: Vec<&NewEvent> = stored
             .iter()
             .chain(&upgraded)
@@ -345,9 +362,16 @@ impl Plan {
             .collect();
         let mut placed = placed;
         placed.sort_by_key(|event| order[&event.nid]);
-        let positions = give_positions(c, &placed)?;
+        // Who comes back to its place is not news (S-15).
+        let fresh: Vec<&NewEvent> = placed
+            .iter()
+            .filter(|event| !back.contains(&event.nid))
+            .copied()
+            .collect();
+        let positions = give_positions(c, &fresh)?;
         self.insert(c, row.nid, &stored, &numbers, &positions)?;
         self.upgrade(c, &upgraded, &numbers, &positions)?;
+        look_afresh(c, &afresh)?;
         link(c, row.nid, &placed, &numbers)?;
         let shown: Vec<(EventNid, &Pdu)> = placed
             .iter()
@@ -355,6 +379,11 @@ impl Plan {
             .map(|event| (event.nid, &*event.pdu))
             .collect();
         event_index::add(c, row.nid, &shown)?;
+        let hidden = placed
+            .iter()
+            .filter(|event| event.verdict != Verdict::Accepted && back.contains(&event.nid));
+        let hidden: Vec<EventNid> = hidden.map(|event| event.nid).collect();
+        event_index::remove(c, &hidden)?;
         self.fan_out(c, &placed, applied)?;
         for event in &placed {
             if let Some(done) = &event.transaction {
@@ -364,7 +393,7 @@ impl Plan {
                 )?;
             }
         }
-        applied.events = placed
+        applied.events = fresh
             .iter()
             .map(|event| Placed {
                 nid: event.nid,
@@ -385,32 +414,31 @@ impl Plan {
         Ok(numbers)
     }
 
-    /// The events to be inserted, and the outliers to be given a place. Others are stored as they should be.
-    fn sort_out(
-        &self,
-        c: &mut dyn Conn,
-        room: RoomNid,
-    ) -> Result<(Vec<&NewEvent>, Vec<&NewEvent>)> {
+    fn sort_out(&self, c: &mut dyn Conn, room: RoomNid) -> Result<Sorted<'_>> {
         let nids: Vec<EventNid> = self.writes.events.iter().map(|event| event.nid).collect();
         let known = events::statuses(c, &nids)?;
-        let (mut stored, mut upgraded) = (Vec::new(), Vec::new());
+        let mut sorted = Sorted::default();
         let mut seen = BTreeSet::new();
         for event in &self.writes.events {
             if !seen.insert(event.nid) {
                 continue;
             }
             match known.get(&event.nid) {
-                None => stored.push(event),
+                None => sorted.stored.push(event),
                 Some(Status { room: other, .. }) if *other != room => {
                     tracing::warn!(event_id = %event.pdu.event_id, "an event id is in use in two rooms");
                 }
                 Some(status) if status.place == Place::Outlier && event.place != Place::Outlier => {
-                    upgraded.push(event);
+                    sorted.upgraded.push(event);
+                    if status.position.is_some() {
+                        sorted.back.insert(event.nid);
+                    }
                 }
+                Some(status) if status.is_forgotten() => sorted.afresh.push(event),
                 Some(_) => {}
             }
         }
-        Ok((stored, upgraded))
+        Ok(sorted)
     }
 
     fn insert(
@@ -721,7 +749,9 @@ impl Plan {
                 .map(|id| caches.ids.get(id))
                 .collect();
             caches.ids.insert(event.pdu.event_id.clone(), event.nid);
-            if !placed.contains(&event.nid) || caches.bodies.remove(&event.nid).is_some() {
+            let was_cached =
+                event.place != Place::Outlier && caches.bodies.remove(&event.nid).is_some();
+            if was_cached || !placed.contains(&event.nid) {
                 // Another copy of it was stored before: whichever stays will be read.
                 continue;
             }
@@ -736,6 +766,19 @@ impl Plan {
             }
         }
     }
+}
+
+/// The events of a write set, by what is stored of them. Those not here are stored as they should be.
+#[derive(Default)]
+struct Sorted<'a> {
+    /// To be inserted.
+    stored: Vec<&'a NewEvent>,
+    /// Outliers to be given a place.
+    upgraded: Vec<&'a NewEvent>,
+    /// Outliers of which nothing is known but a verdict that does not count.
+    afresh: Vec<&'a NewEvent>,
+    /// Those of the upgraded that come back to the place they had before they were given up.
+    back: BTreeSet<EventNid>,
 }
 
 /// Every state of a write set.
@@ -780,14 +823,18 @@ fn pack_ids(ids: &[EventId], numbers: &HashMap<EventId, EventNid>) -> Result<Vec
 const INSERT_EVENT: &str = "INSERT INTO events (nid, room_nid, key_nid, place, verdict, partial, position,
     depth, origin_ts, before_root, after_root, prevs, auth, redacted, kind, state_key, sender, reason, json)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)";
-/// A copy with a wrong content hash gives way to a right one, never the other way round.
+/// A copy with a wrong content hash gives way to a right one, never the other way round. An event that was
+/// given up comes back to the place it had.
 const UPGRADE_EVENT: &str =
-    "UPDATE events SET place = $2, verdict = $3, partial = $4, position = $5,
+    "UPDATE events SET place = CASE WHEN position IS NULL THEN $2 ELSE place END,
+    verdict = $3, partial = $4, position = COALESCE(position, $5),
     before_root = $6, after_root = $7, prevs = $8, reason = $9, key_nid = $10,
     json = CASE WHEN redacted = 1 THEN $11 ELSE json END,
     redacted = CASE WHEN redacted = 1 THEN $12 ELSE 0 END WHERE nid = $1";
 const REJUDGE_EVENT: &str = "UPDATE events SET verdict = $2, reason = $3, partial = $4,
     before_root = $5, after_root = $6 WHERE nid = $1";
+const LOOK_AFRESH: &str = "UPDATE events SET place = 0, verdict = $2, reason = $3, partial = 0,
+    position = NULL, before_root = NULL, after_root = NULL, prevs = NULL WHERE nid = $1";
 const DROP_EXTREMITIES: &str = "DELETE FROM forward_extremities WHERE room_nid = $1";
 const INSERT_EXTREMITY: &str =
     "INSERT INTO forward_extremities (room_nid, event_nid) VALUES ($1, $2)
@@ -824,6 +871,24 @@ fn give_positions(c: &mut dyn Conn, placed: &[&NewEvent]) -> Result<HashMap<Even
         }
     }
     Ok(positions)
+}
+
+/// A rejected event that was given up becomes an outlier like any other.
+fn look_afresh(c: &mut dyn Conn, events: &[&NewEvent]) -> Result<()> {
+    let rows: Vec<_> = events
+        .iter()
+        .map(|event| {
+            row![
+                event.nid,
+                verdict_code(&event.verdict),
+                reason(&event.verdict)
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        c.execute_many(LOOK_AFRESH, &rows)?;
+    }
+    Ok(())
 }
 
 const INSERT_CHILD: &str = "INSERT INTO event_children (prev_nid, event_nid) VALUES ($1, $2)
@@ -928,7 +993,12 @@ const INSERT_SERVER: &str =
     ON CONFLICT (room_nid, server) DO NOTHING";
 const DROP_MARKER: &str = "DELETE FROM partial_rooms WHERE room_nid = $1";
 const DROP_SERVERS: &str = "DELETE FROM partial_servers WHERE room_nid = $1";
-const DROP_MARKS: &str = "UPDATE events SET partial = 0 WHERE room_nid = $1 AND partial = 1";
+const PARTIAL_EVENTS: &str = "SELECT nid FROM events WHERE room_nid = $1 AND partial = 1";
+const BUILT_ON: &str = "SELECT nid FROM events
+    WHERE room_nid = $1 AND place > 0 AND partial = 0 AND nid IN (
+        SELECT event_nid FROM event_children WHERE prev_nid IN (SELECT value FROM rarray($2))
+        UNION SELECT event_nid FROM auth_dependents WHERE auth_nid IN (SELECT value FROM rarray($2)))";
+const GIVE_UP: &str = "UPDATE events SET partial = 2 WHERE nid IN (SELECT value FROM rarray($1))";
 const OLDEST_NEEDED: &str = "SELECT MIN(device_lists_at) FROM partial_rooms";
 const BECAME_FULL: &str = "INSERT INTO became_full (position, room_nid) VALUES ($1, $2)";
 const JOINED_AMONG: &str = "SELECT user_id FROM memberships WHERE room_nid = $1
@@ -1008,8 +1078,24 @@ fn clear(
     Ok(())
 }
 
+/// What was judged on partial state, and what was built on that, has no state from here on and is no end of
+/// the room.
 fn free(c: &mut dyn Conn, room: RoomNid) -> Result<()> {
-    c.execute(DROP_MARKS, &[&room])?;
+    // The join that is under way counts on what is here (S-29).
+    if rooms::handshake_running(c, room)? {
+        return Err(Error::Stale);
+    }
+    let mut edge = c.query_all(PARTIAL_EVENTS, &[&room], |row| row.event_nid(0))?;
+    let mut gone: BTreeSet<EventNid> = edge.iter().copied().collect();
+    while !edge.is_empty() {
+        edge = c.query_all(BUILT_ON, &[&room, &events::raw(&edge)], |row| {
+            row.event_nid(0)
+        })?;
+        edge.retain(|nid| gone.insert(*nid));
+    }
+    let gone: Vec<EventNid> = gone.into_iter().collect();
+    c.execute(GIVE_UP, &[&events::raw(&gone)])?;
+    c.execute(DROP_EXTREMITIES, &[&room])?;
     drop_marker(c, room)
 }
 

@@ -31,9 +31,22 @@ pub struct Status {
     pub place: Place,
     pub standing: Standing,
     pub partial: bool,
+    /// Judged on partial state that never became full (S-29). Clients see it where it stood, but to
+    /// whatever has to be decided it is an outlier, so that is the place given here.
+    pub given_up: bool,
     /// In the events stream, below 0 for backfilled events.
     pub position: Option<i64>,
 }
+
+impl Status {
+    /// Refused on state that nobody can vouch for: it has to be looked at afresh.
+    pub fn is_forgotten(&self) -> bool {
+        self.given_up && self.standing == Standing::Rejected
+    }
+}
+
+/// The `partial` column of an event that was given up.
+pub(crate) const GIVEN_UP: i64 = 2;
 
 pub(crate) fn place_code(place: Place) -> i64 {
     match place {
@@ -174,12 +187,18 @@ const STATUS_BY_ID: &str =
     WHERE i.event_id IN (SELECT value FROM rarray_text($1))";
 
 fn read_status(row: &dyn Row) -> Result<Status> {
+    let mark = row.int(4)?;
+    let given_up = mark == GIVEN_UP;
     Ok(Status {
         nid: row.event_nid(0)?,
         room: row.room_nid(1)?,
-        place: read_place(row, 2)?,
+        place: match given_up {
+            true => Place::Outlier,
+            false => read_place(row, 2)?,
+        },
         standing: read_standing(row, 3)?,
-        partial: row.flag(4)?,
+        partial: mark == 1,
+        given_up,
         position: row.opt_int(5)?,
     })
 }

@@ -126,7 +126,7 @@ fn known(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<BTreeMap<Ev
     let found = events::statuses_by_id(c, ids)?;
     Ok(found
         .into_iter()
-        .filter(|(_, status)| status.room == room)
+        .filter(|(_, status)| status.room == room && !status.is_forgotten())
         .map(|(id, status)| (id, known_as(&status)))
         .collect())
 }
@@ -268,7 +268,7 @@ fn give_key_numbers(c: &mut dyn Conn, room: RoomNid, wanted: &BTreeSet<StateKey>
 // -- States ---------------------------------------------------------------------------------------
 
 const STATES: &str = "SELECT nid, before_root, after_root, partial FROM events
-    WHERE room_nid = $1 AND place > 0 AND nid IN (SELECT value FROM rarray($2))";
+    WHERE room_nid = $1 AND place > 0 AND partial < 2 AND nid IN (SELECT value FROM rarray($2))";
 
 fn states_at(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loaded> {
     let rows = c.query_all(STATES, &[&room, &events::raw(asked)], |row| {
@@ -524,6 +524,7 @@ fn ready(c: &mut dyn Conn, room: RoomNid, chosen: &[EventNid]) -> Result<Vec<Rea
 const CHILDREN: &str = "SELECT h.prev_nid, e.nid, e.verdict FROM event_children h
     JOIN events e ON e.nid = h.event_nid
     WHERE h.prev_nid IN (SELECT value FROM rarray($1)) AND e.room_nid = $2
+    AND e.place > 0 AND e.partial < 2
     ORDER BY h.prev_nid, e.position";
 
 fn children(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loaded> {
@@ -542,7 +543,8 @@ fn children(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loade
 
 const DEPENDENTS: &str = "SELECT DISTINCT e.nid, e.position FROM auth_dependents a
     JOIN events e ON e.nid = a.event_nid
-    WHERE a.auth_nid IN (SELECT value FROM rarray($1)) AND e.room_nid = $2 AND e.partial = 0
+    WHERE a.auth_nid IN (SELECT value FROM rarray($1)) AND e.room_nid = $2
+    AND e.place > 0 AND e.partial = 0
     ORDER BY e.position";
 
 fn auth_dependents(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loaded> {

@@ -60,5 +60,6 @@ laws!(
     texts_and_bytes_come_back_as_they_were,
     what_is_sent_waits_in_the_outbox,
     what_was_committed_survives_a_crash,
+    what_was_partial_in_a_freed_room_is_not_trusted,
     what_was_written_survives_a_reopening,
 );

@@ -40,6 +40,7 @@ CREATE TABLE events (
     place BIGINT NOT NULL,
     -- 0 accepted, 1 rejected, 2 soft-failed.
     verdict BIGINT NOT NULL,
+    -- 0 full, 1 partial, 2 given up: judged on partial state that never became full.
     partial BIGINT NOT NULL,
     -- Position in the events stream, below 0 for backfilled events, NULL for outliers.
     position BIGINT,

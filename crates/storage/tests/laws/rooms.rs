@@ -677,7 +677,97 @@ pub async fn a_second_marker_changes_nothing_and_a_freed_room_has_none(database:
     let applied = fixture.commit(freeing).await.unwrap();
     assert_eq!(applied.became_full, None);
     let head = fixture.head().await;
-    assert!(head.partial.is_none() && !head.forward_extremities[0].partial);
+    assert!(head.partial.is_none() && head.forward_extremities.is_empty());
+}
+
+/// S-29: what was judged on partial state is no ground to stand on after the room was given up.
+pub async fn what_was_partial_in_a_freed_room_is_not_trusted(database: &Database) {
+    let (mut fixture, _, join) = partial_room(database).await;
+    let say = json!({"body": "words"});
+    let (word, mut state) = fixture
+        .make("@alice:localhost", "m.room.message", None, say.clone())
+        .await;
+    state.partial = true;
+    let writes = fixture.appending(&word, state.clone());
+    let position = fixture.commit(writes).await.unwrap().events[0].position;
+    // Rejected, for want of a member that the partial state lacks.
+    let topic = json!({"topic": "b"});
+    let (bad, _) = fixture
+        .make("@bob:b.org", "m.room.topic", Some(""), topic)
+        .await;
+    state.before = state.after.clone();
+    let mut writes = fixture.writes();
+    let mut rejected = placed(&bad, state.clone());
+    rejected.verdict = Verdict::Rejected("the sender is not in the room".to_owned());
+    writes.events.push(rejected);
+    fixture.commit(writes).await.unwrap();
+    // Full (P-5), but it was judged by the join, which may not stand.
+    let (full, _) = fixture
+        .make("@alice:localhost", "m.room.message", None, say)
+        .await;
+    let full_state = EventState {
+        partial: false,
+        ..state.clone()
+    };
+    let mut writes = fixture.writes();
+    writes.events.push(placed(&full, full_state.clone()));
+    fixture.commit(writes).await.unwrap();
+    let mut freeing = fixture.writes();
+    freeing.partial = PartialChange::Free;
+    fixture.commit(freeing).await.unwrap();
+
+    let all = [&join, &word, &bad, &full];
+    let known = async |fixture: &Fixture| {
+        let ids = all.iter().map(|made| made.pdu.event_id.clone()).collect();
+        let Loaded::Known(known) = fixture.load(Load::Known { ids }).await else {
+            panic!()
+        };
+        known
+    };
+    let seen = known(&fixture).await;
+    assert!(!seen.contains_key(&bad.pdu.event_id));
+    assert_eq!(seen.len(), 3);
+    for event in seen.values() {
+        assert!(event.place == Place::Outlier && !event.rejected && !event.partial);
+    }
+    let events: Vec<_> = all.iter().map(|made| made.nid).collect();
+    let states = Load::States {
+        events: events.clone(),
+    };
+    assert!(matches!(fixture.load(states).await, Loaded::States(states) if states.is_empty()));
+    let children = Load::Children { events };
+    assert!(matches!(fixture.load(children).await, Loaded::Children(found) if found.is_empty()));
+    let ready = Load::ReadyPartial { limit: 10 };
+    assert!(matches!(fixture.load(ready).await, Loaded::Ready(ready) if ready.is_empty()));
+    // P-2: none comes after that.
+    let mut late = fixture.writes();
+    late.events.push(placed(&word, state.clone()));
+    assert_eq!(fixture.commit(late).await, Err(Stale));
+
+    // As an outlier it is judged by its auth events alone.
+    let mut writes = fixture.writes();
+    writes.events.push(outlier(&bad));
+    writes.events.push(outlier(&word));
+    fixture.commit(writes).await.unwrap();
+    let event = known(&fixture).await[&bad.pdu.event_id];
+    assert!(event.place == Place::Outlier && !event.rejected);
+    // Given a place again it stands where it stood, and is not news.
+    let mut writes = fixture.writes();
+    writes.events.push(placed(&word, full_state.clone()));
+    writes.events.push(placed(&bad, full_state));
+    let applied = fixture.commit(writes).await.unwrap();
+    assert_eq!(applied.events.len(), 1);
+    assert_eq!(applied.events[0].nid, bad.nid);
+    assert!(applied.events[0].position > position);
+    let nid = word.nid;
+    let status = fixture
+        .store
+        .read(move |c| Ok(events::statuses(c, &[nid])?.remove(&nid)))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(status.place, Place::Timeline);
+    assert_eq!(status.position, Some(position));
 }
 
 pub async fn a_verdict_can_change(database: &Database) {
