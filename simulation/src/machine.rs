@@ -304,7 +304,9 @@ impl<'a> World<'a> {
             }
             effect => {
                 if let Some(input) = fixture::carry_out(effect, &mut self.store) {
-                    if let Some(Err(broken)) = self.here().map(crate::store::Room::check) {
+                    if let Some(Err(broken)) =
+                        self.here().map(|room| room.check(&self.fixture.us.name))
+                    {
                         self.broken = Some(broken);
                     }
                     self.later(Duration::from_millis(1), input);
@@ -616,13 +618,13 @@ impl<'a> World<'a> {
         {
             return Err("a marker that names the wrong servers".to_owned());
         }
-        room.check()
+        room.check(&self.fixture.us.name)
     }
 
     /// Laws 1 and 2: the room is full, and its state is what the residents hold.
     fn check_full(&self) -> Result<(), String> {
         let room = self.here().ok_or("the room is gone")?;
-        room.check()?;
+        room.check(&self.fixture.us.name)?;
         if room.partial.is_some() {
             return Err("the room stayed partial".to_owned());
         }

@@ -30,6 +30,8 @@ use crate::store::Store;
 const STEPS_MAX: usize = 400_000;
 /// After this the network is good and nobody acts any more.
 const PEACE: Duration = Duration::from_secs(60);
+/// By then all that was sent has arrived, and who is refused was put out of the room for good.
+const DESPAIR: Duration = Duration::from_secs(600);
 /// In peace every server speaks this often, so that all branches meet.
 const ROUNDS_OF_TALK: usize = 3;
 /// Events that get_missing_events gives at most.
@@ -50,7 +52,10 @@ pub fn run(seed: u64) -> Result<Run, (String, String)> {
             events,
             trace: world.trace,
         }),
-        Err(broken) => Err((broken, world.trace)),
+        Err(broken) => {
+            world.tell_all();
+            Err((broken, world.trace))
+        }
     }
 }
 
@@ -186,6 +191,15 @@ impl World {
     fn note(&mut self, server: usize, line: &str) {
         let millis = self.now.as_millis();
         writeln!(self.trace, "{millis:>8} s{server} {line}").expect("a string takes all");
+    }
+
+    /// What every server holds of the room, at the end of the trace of a broken run.
+    fn tell_all(&mut self) {
+        for (n, server) in self.servers.iter().enumerate() {
+            if let Some(room) = server.store.room(&self.room) {
+                write!(self.trace, "s{n}:\n{}", room.tell()).expect("a string takes all");
+            }
+        }
     }
 
     // -- the story ---------------------------------------------------------------------------------
@@ -364,6 +378,26 @@ impl World {
         }
     }
 
+    /// All refuse to tell a server of a room that it is in only by its own lights: the event that put it out
+    /// was lost, and nobody will send it again. The resync goes on asking rarely, as it must (S-22); what ends
+    /// the matter are the users, who see that nothing comes, and leave.
+    fn despair(&mut self, server: usize) {
+        let name = &self.servers[server].own.name;
+        let reference = &self.servers[0];
+        let in_room = reference
+            .store
+            .room(&self.room)
+            .is_some_and(|room| room.hosts(&reference.own.name).contains(name));
+        if self.now < DESPAIR || server == 0 || in_room {
+            return;
+        }
+        for user in self.joined_here(server) {
+            let key = user.to_string();
+            let content = json!({ "membership": "leave" });
+            self.send(server, Draft::state(user, "m.room.member", &key, content));
+        }
+    }
+
     fn send(&mut self, server: usize, draft: Draft) {
         let what = format!(
             "send {} {:?} by {}",
@@ -493,6 +527,10 @@ impl World {
             Effect::Tell(room::effect::Tell::StartResync { .. }) => {
                 return self.start_resync(server);
             }
+            Effect::Tell(room::effect::Tell::Progress {
+                step: room::effect::Step::Retrying { .. },
+                ..
+            }) => return self.despair(server),
             Effect::Tell(_) => return,
         };
         let delay = self.chance.millis(0, 3);
@@ -512,7 +550,7 @@ impl World {
         committed: Result<crate::store::Outgoing, room::effect::Stale>,
     ) -> Result<(), room::effect::Stale> {
         if let Some(room) = self.servers[server].store.room(&self.room)
-            && let Err(broken) = room.check()
+            && let Err(broken) = room.check(&self.servers[server].own.name)
         {
             self.broken = Some(format!("s{server}: {broken}"));
         }
@@ -907,8 +945,9 @@ impl World {
     }
 
     fn accepted(&mut self, server: usize, reply: Reply, omit: bool, accepted: Accepted) {
-        self.promised
-            .push((server, accepted.event.event_id.clone()));
+        let event_id = accepted.event.event_id.clone();
+        self.note(server, &format!("took {event_id}"));
+        self.promised.push((server, event_id));
         if accepted.extremities > 1
             && let Some(user) = self.actor(server)
         {
@@ -1039,7 +1078,8 @@ impl World {
             let Some(room) = server.store.room(&self.room) else {
                 continue;
             };
-            room.check().map_err(|broken| format!("s{n}: {broken}"))?;
+            room.check(&server.own.name)
+                .map_err(|broken| format!("s{n}: {broken}"))?;
             if room.partial.is_some() && !self.joined_here(n).is_empty() {
                 return Err(format!("s{n} stayed partial"));
             }

@@ -61,6 +61,8 @@ pub struct Row {
     pub verdict: Verdict,
     /// Place in the order of storing; timeline events only.
     pub position: u64,
+    /// Judged on partial state that never became full. An outlier for whatever has to be decided.
+    given_up: bool,
 }
 
 impl Row {
@@ -170,6 +172,10 @@ impl Room {
         ids.into_iter().filter_map(|id| {
             let nid = *self.nids.get(&id)?;
             let row = self.events.get(&nid)?;
+            // It was refused on state that nobody can vouch for, so it has to be looked at afresh.
+            if row.given_up && row.rejected() {
+                return None;
+            }
             let known = Known {
                 nid,
                 place: row.place,
@@ -424,7 +430,10 @@ impl Room {
             "state exactly off the outliers"
         );
         self.nids.insert(event.pdu.event_id.clone(), event.nid);
-        if event.place == Place::Outlier && self.events.contains_key(&event.nid) {
+        let stored = self.events.get(&event.nid);
+        if event.place == Place::Outlier
+            && stored.is_some_and(|row| !(row.given_up && row.rejected()))
+        {
             return;
         }
         if self
@@ -442,6 +451,7 @@ impl Room {
             state: event.state,
             verdict: event.verdict,
             position: self.last_position,
+            given_up: false,
         };
         self.events.insert(event.nid, row);
     }
@@ -512,23 +522,99 @@ impl Room {
                     return Err(Stale);
                 }
                 self.partial = None;
-                for row in self.events.values_mut() {
-                    if let Some(state) = &mut row.state {
-                        state.partial = false;
-                    }
-                }
-                for extremity in &mut self.extremities {
-                    extremity.partial = false;
-                }
+                self.give_up();
             }
         }
         Ok(())
     }
 
+    /// What was judged on partial state, and what was built on that, has no state from here on and is no end
+    /// of the room.
+    fn give_up(&mut self) {
+        let partial = self.timeline().filter(|(_, row)| row.partial());
+        let mut gone: BTreeSet<_> = partial.map(|(nid, _)| nid).collect();
+        loop {
+            let stands_on_it = |row: &Row| {
+                let named = row.pdu.prev_events.iter().chain(&row.pdu.auth_events);
+                named
+                    .filter_map(|id| self.nids.get(id))
+                    .any(|nid| gone.contains(nid))
+            };
+            let more = self.timeline().filter(|(_, row)| stands_on_it(row));
+            let more: Vec<_> = more
+                .map(|(nid, _)| nid)
+                .filter(|nid| !gone.contains(nid))
+                .collect();
+            if more.is_empty() {
+                break;
+            }
+            gone.extend(more);
+        }
+        for nid in gone {
+            let row = self.events.get_mut(&nid).expect("just found there");
+            row.place = Place::Outlier;
+            row.state = None;
+            row.given_up = true;
+        }
+        self.extremities.clear();
+    }
+
+    // -- telling -----------------------------------------------------------------------------------
+
+    /// All events and the newest end of the room, for whoever reads a broken run.
+    pub fn tell(&self) -> String {
+        let mut told = String::new();
+        let list = |ids: &[EventId]| {
+            let ids = ids
+                .iter()
+                .map(|id| id.as_str().get(..6).unwrap_or_default());
+            ids.collect::<Vec<_>>().join(" ")
+        };
+        for (nid, row) in &self.events {
+            let pdu = &row.pdu;
+            let partial = if row.partial() { " partial" } else { "" };
+            let content: String = pdu.content_value().to_string().chars().take(60).collect();
+            let line = format!(
+                "{:>4} {} {:?} {:?}{partial} depth {} {} {} {:?} {content} prev [{}] auth [{}]",
+                nid.0,
+                list(std::slice::from_ref(&pdu.event_id)),
+                row.place,
+                row.verdict,
+                pdu.depth,
+                pdu.sender,
+                pdu.kind,
+                pdu.state_key,
+                list(&pdu.prev_events),
+                list(&pdu.auth_events),
+            );
+            told.push_str(&line);
+            told.push('\n');
+            if let Some(state) = &row.state {
+                let at = |map: &StateMap| {
+                    let nids = map.iter().map(|(_, nid)| nid.0.to_string());
+                    nids.collect::<Vec<_>>().join(" ")
+                };
+                told.push_str(&format!(
+                    "       before [{}] after [{}]\n",
+                    at(&state.before),
+                    at(&state.after)
+                ));
+            }
+        }
+        let nids = |nids: Vec<i64>| format!("{nids:?}");
+        told.push_str(&format!(
+            "extremities {} current {} partial {:?}\n",
+            nids(self.extremities.iter().map(|e| e.nid.0).collect()),
+            nids(self.current.iter().map(|(_, nid)| nid.0).collect()),
+            self.partial,
+        ));
+        told
+    }
+
     // -- laws --------------------------------------------------------------------------------------
 
     /// What must hold in every store at every moment.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self, own: &ServerName) -> Result<(), String> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
         }
@@ -545,7 +631,11 @@ impl Room {
                 }
             }
         }
-        for (_, nid) in self.current.iter() {
+        // With nobody of ours in the room the current state is what it was when the last one left (S-17): what
+        // the resync finds out after that is not put into it, and the next join brings its own.
+        let joined = self.joined();
+        let here = joined.iter().any(|user| user.server_name() == *own);
+        for (_, nid) in self.current.iter().filter(|_| here) {
             self.is_good_state_here(nid)?;
         }
         for extremity in &self.extremities {

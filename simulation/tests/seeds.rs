@@ -32,6 +32,38 @@ fn a_second_join_was_left_out_of_the_state_it_made() {
 }
 
 #[test]
+fn a_room_given_up_left_reduced_state_that_a_later_join_took_for_full() {
+    for seed in [432, 1118, 1423] {
+        check_room(seed);
+    }
+}
+
+#[test]
+fn a_join_known_as_an_outlier_was_taken_and_not_stored() {
+    check_room(3911);
+}
+
+#[test]
+fn a_ban_in_the_middle_of_a_gap_hid_what_came_after_it() {
+    for seed in [5675, 6326, 12828] {
+        check_room(seed);
+    }
+}
+
+/// The event that put a server out of the room was lost, and after that all refused it its state.
+#[test]
+fn a_server_that_only_thinks_it_is_in_the_room_asks_rarely_until_its_users_leave() {
+    for seed in [876, 1478, 1919] {
+        check_room(seed);
+    }
+}
+
+#[test]
+fn the_state_of_a_room_that_nobody_is_in_was_held_to_verdicts_found_later() {
+    check_room(12172);
+}
+
+#[test]
 fn one_seed_gives_one_trace() {
     let fixture = Fixture::new();
     for seed in [1, 17, 39] {
