@@ -325,6 +325,19 @@ mod tests {
     }
 
     #[test]
+    fn p63_a_receipt_may_name_what_is_no_event_id() {
+        let receipt = |event_id: &str| {
+            let users = json!({"@u:a": {"event_ids": [event_id], "data": {"ts": 1}}});
+            edu("m.receipt", json!({"!r:a": {"m.read": users}}))
+        };
+        let value = receipt("mytesteventid");
+        let parsed = Edu::parse(&value).expect("a good EDU");
+        assert_eq!(parsed.to_value(), value);
+        let endless = receipt(&"x".repeat(ID_BYTES_MAX + 1));
+        assert_eq!(Edu::parse(&endless), Some(Edu::Receipts(Vec::new())));
+    }
+
+    #[test]
     fn an_edu_that_says_nothing_usable_is_none() {
         for value in [
             json!(null),
