@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use protocol::id::{RoomId, UserId};
+use protocol::id::{RoomId, ServerName, UserId};
 use room::effect::Step;
 use serde_json::{Value, json};
 use storage::Sequence;
@@ -169,6 +169,39 @@ impl Jobs<'_> {
         Ok(self.hs.tasks().retry_resync(&job.room_id))
     }
 
+    /// Takes a join back as far as it still can be: before `send_join` nothing remains, after it a leave is
+    /// owed, and who is in the room already leaves it. `false` when the join has ended.
+    pub async fn cancel(&self, number: i64) -> Result<bool> {
+        let job = self.under_way(number).await?;
+        if self.hs.rooms().cancel_join(number) {
+            return Ok(true);
+        }
+        let (Some(job), true) = (job.as_ref(), job.as_ref().is_some_and(is_usable)) else {
+            return Ok(false);
+        };
+        if let Some(user) = &job.user_id {
+            self.hs.rooms().leave(user, &job.room_id, None).await?;
+        }
+        self.close(number, "cancelled", None);
+        Ok(true)
+    }
+
+    /// Has a join, or the resync behind it, ask this server next. `false` when nothing of it runs.
+    pub async fn use_server(&self, number: i64, server: ServerName) -> Result<bool> {
+        let Some(job) = self.under_way(number).await? else {
+            return Ok(false);
+        };
+        let joins = self.hs.rooms().join_through(number, server.clone());
+        Ok(joins || self.hs.tasks().resync_from(&job.room_id, server))
+    }
+
+    /// `None` when the job has ended; an error when there never was one.
+    async fn under_way(&self, number: i64) -> Result<Option<Job>> {
+        let job = self.one(number).await?;
+        let job = job.ok_or_else(|| MatrixError::not_found("There is no such join"))?;
+        Ok(Some(job).filter(|job| job.finished_ms.is_none()))
+    }
+
     /// The job under which a room is being completed.
     fn of_room(&self, room: &RoomId) -> Option<i64> {
         let open = self.lock();
@@ -300,6 +333,10 @@ impl Jobs<'_> {
             });
         }
     }
+}
+
+fn is_usable(job: &Job) -> bool {
+    matches!(job.state.as_str(), "usable" | "resyncing")
 }
 
 fn since(then_ms: i64, now_ms: i64) -> Duration {

@@ -50,6 +50,7 @@ pub mod receipts;
 pub mod relations;
 pub mod report;
 pub mod resident;
+pub mod room_deletion;
 pub mod room_state;
 pub mod room_summary;
 pub mod room_view;
@@ -130,6 +131,7 @@ struct Inner {
     appservice_client: Option<reqwest::Client>,
     noted_devices: accounts::NotedDevices,
     notices: server_notices::Locks,
+    deletions: room_deletion::Deletions,
 }
 
 impl Homeserver {
@@ -191,6 +193,7 @@ impl Homeserver {
                 appservice_client: outbound::trusting_client(),
                 noted_devices: accounts::NotedDevices::default(),
                 notices: server_notices::Locks::default(),
+                deletions: room_deletion::Deletions::default(),
             }),
         }
     }

@@ -10,6 +10,7 @@ use protocol::edu::{Edu, Presence as State, PresenceUpdate};
 use protocol::id::{ServerName, UserId};
 use serde_json::{Value, json};
 use storage::presence::{self as table, Presence};
+use storage::sync_reads;
 
 use crate::Homeserver;
 use crate::error::{MatrixError, Result};
@@ -171,12 +172,16 @@ impl Homeserver {
                 user: update.user_id,
             })
             .collect();
+        let origin = origin.clone();
         let users = self
             .store()
             .write(move |c| {
                 let mut concerned = Vec::new();
+                // P-65: who of them is in a partial room is not known so far, but any may be.
+                let in_partial_rooms = sync_reads::in_partial_rooms_with(c, &origin)?;
                 for presence in &theirs {
-                    let users = storage::devices::local_sharing(c, &presence.user)?;
+                    let mut users = storage::devices::local_sharing(c, &presence.user)?;
+                    users.extend(in_partial_rooms.iter().cloned());
                     if !users.is_empty() {
                         table::set(c, presence)?;
                         concerned.extend(users);

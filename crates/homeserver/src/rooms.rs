@@ -66,7 +66,7 @@ impl From<Draft> for send::Draft {
 #[derive(Default)]
 pub struct Handshakes {
     locks: Mutex<HashMap<RoomId, Weak<tokio::sync::Mutex<()>>>>,
-    cancels: Mutex<HashMap<i64, tokio::sync::mpsc::Sender<Command<Join>>>>,
+    commands: Mutex<HashMap<i64, tokio::sync::mpsc::Sender<Command<Join>>>>,
 }
 
 impl Handshakes {
@@ -346,6 +346,11 @@ impl Rooms<'_> {
     pub async fn join(&self, user: &UserId, target: &str, wish: JoinWish) -> Result<RoomId> {
         let (room, servers) = self.resolve(target, wish.via).await?;
         self.hs.check_guest(user, &room).await?;
+        if self.hs.room_blocked_by(&room).await?.is_some() {
+            return Err(MatrixError::forbidden(
+                "This room has been blocked on this server",
+            ));
+        }
         if let Some(signed) = wish.third_party_signed {
             self.hs.redeem_for(&room, user, signed).await?;
         }
@@ -488,8 +493,8 @@ impl Rooms<'_> {
         job: i64,
     ) -> Result<std::result::Result<Joined, Refusal>> {
         let (sender, commands) = tokio::sync::mpsc::channel(1);
-        let cancels = &self.hs.handshakes().cancels;
-        cancels
+        let running = &self.hs.handshakes().commands;
+        running
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(job, sender);
@@ -502,27 +507,30 @@ impl Rooms<'_> {
             },
         )
         .await;
-        cancels
+        running
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&job);
         outcome.ok_or_else(stopping)
     }
 
-    /// Takes a join back as far as it still can be. `false` when no such join is under way.
-    pub fn cancel_join(&self, job: i64) -> bool {
-        let cancels = self
-            .hs
-            .handshakes()
-            .cancels
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = cancels.get(&job) else {
-            return false;
-        };
-        sender
-            .try_send(Box::new(|join: &mut Join, _now| join.cancel()))
-            .is_ok()
+    /// Takes a handshake back as far as it still can be. `false` when none is under way.
+    pub(crate) fn cancel_join(&self, job: i64) -> bool {
+        self.command_join(job, Box::new(|join: &mut Join, _now| join.cancel()))
+    }
+
+    /// Has a handshake ask this server next. `false` when none is under way.
+    pub(crate) fn join_through(&self, job: i64, server: ServerName) -> bool {
+        let command: Command<Join> = Box::new(move |join, now| join.use_server(server, now));
+        self.command_join(job, command)
+    }
+
+    fn command_join(&self, job: i64, command: Command<Join>) -> bool {
+        let handshakes = self.hs.handshakes();
+        let commands = handshakes.commands.lock();
+        let commands = commands.unwrap_or_else(PoisonError::into_inner);
+        let sender = commands.get(&job);
+        sender.is_some_and(|sender| sender.try_send(command).is_ok())
     }
 
     pub(crate) fn after_join(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use protocol::id::RoomId;
+use protocol::id::{RoomId, ServerName};
 use room::effect::Now;
 use room::join::{Intent, Join, JoinOptions, JoinRequest};
 use room::resync::{Resync, ResyncOptions, Resynced};
@@ -69,6 +69,15 @@ impl Tasks<'_> {
         self.lock()
             .get(room)
             .is_some_and(|running| running.try_send(retry()).is_ok())
+    }
+
+    /// An admin knows a server that may give the state (O-48). `false` when no resync runs.
+    pub(crate) fn resync_from(&self, room: &RoomId, server: ServerName) -> bool {
+        let command: Command<Resync> = Box::new(move |resync, now| resync.use_server(server, now));
+        let resyncs = self.lock();
+        resyncs
+            .get(room)
+            .is_some_and(|running| running.try_send(command).is_ok())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>> {

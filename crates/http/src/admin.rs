@@ -3,6 +3,7 @@
 
 mod joins;
 mod register;
+mod rooms;
 mod server_notices;
 
 use axum::Router;
@@ -11,5 +12,6 @@ use homeserver::Homeserver;
 pub fn routes() -> Router<Homeserver> {
     register::routes()
         .merge(joins::routes())
+        .merge(rooms::routes())
         .merge(server_notices::routes())
 }

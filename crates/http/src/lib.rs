@@ -51,7 +51,10 @@ fn for_clients() -> Router<Homeserver> {
 
 fn finished(routes: Router<Homeserver>, homeserver: Homeserver) -> Router {
     routes
-        .route_layer(axum::middleware::from_fn(measure::measure))
+        .route_layer(axum::middleware::from_fn_with_state(
+            homeserver.clone(),
+            measure::measure,
+        ))
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
         // Around the fallbacks too: a preflight is a method that no route names.

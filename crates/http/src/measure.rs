@@ -1,21 +1,21 @@
 //! Counts and times requests, by route.
 
-use std::time::Instant;
-
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
+use homeserver::Homeserver;
 use homeserver::metrics::{REQUEST_SECONDS, REQUESTS};
 
 /// For routes that exist: what others ask for has no bound.
-pub async fn measure(request: Request, next: Next) -> Response {
+pub async fn measure(State(hs): State<Homeserver>, request: Request, next: Next) -> Response {
+    let clock = || hs.clock().now().since_start;
     let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
-    let began = Instant::now();
+    let began = clock();
     let response = next.run(request).await;
     if let Some(route) = route {
         let route = route.as_str().to_owned();
-        let took = began.elapsed().as_secs_f64();
+        let took = clock().saturating_sub(began).as_secs_f64();
         metrics::histogram!(REQUEST_SECONDS, "route" => route.clone()).record(took);
         let labels = [
             ("route", route),

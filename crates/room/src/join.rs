@@ -254,6 +254,39 @@ impl Join {
     }
 }
 
+impl Join {
+    /// Somebody knows a server that may do better: it is asked next, and at once where that is possible
+    /// (O-48).
+    pub fn use_server(&mut self, server: ServerName, now: Now) {
+        if server == self.own.name {
+            return;
+        }
+        self.state = match std::mem::replace(&mut self.state, State::Done) {
+            State::Asking(s) => {
+                self.candidates.push_front(server);
+                match self.may_hedge(&s) {
+                    true => self.ask_next(s, now),
+                    false => State::Asking(s),
+                }
+            }
+            // Of a restricted join only the server that authorised it can make something.
+            State::Sending(mut s) if !s.signed.restricted => {
+                let omit_members = s.omit_members;
+                s.targets.push_front(Target {
+                    server,
+                    omit_members,
+                });
+                State::Sending(s)
+            }
+            State::Opening(ticket) => {
+                self.candidates.push_front(server);
+                State::Opening(ticket)
+            }
+            state => state,
+        };
+    }
+}
+
 impl Machine for Join {
     type Outcome = Result<Joined, Refusal>;
 

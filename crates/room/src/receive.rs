@@ -380,9 +380,16 @@ impl Judging {
             return self.missing_auth_events(&pdu);
         };
         let (before, partial) = self.before(head, known, unknown)?;
+        // A verdict on partial state may be wrong, so it does not spread to what stands on it; check 5
+        // resolves without such events, and the resync judges all of them again (P-13, P-15).
+        let found = self.facts.find(&pdu.auth_events)?;
+        let firm = found
+            .iter()
+            .map(|found| !partial || found.as_ref().is_none_or(|found| !found.known.partial));
         let by_ref: Vec<_> = auth
             .iter()
-            .map(|(_, pdu, rejected)| (&**pdu, *rejected))
+            .zip(firm)
+            .map(|((_, pdu, rejected), firm)| (&**pdu, *rejected && firm))
             .collect();
         let create_key = [("m.room.create".into(), "".into())];
         let create = self.facts.state_events(&before, &create_key)?;

@@ -67,6 +67,8 @@ pub struct Resync {
     sources: Vec<ServerName>,
     round: Option<Round>,
     rounds_failed: u32,
+    /// To be asked before all others.
+    preferred: Option<ServerName>,
     nobody_since: Option<Duration>,
     out: Outbox,
     outcome: Option<Resynced>,
@@ -111,12 +113,26 @@ impl Resync {
             sources: Vec::new(),
             round: None,
             rounds_failed: 0,
+            preferred: None,
             nobody_since: None,
             out: Outbox::default(),
             outcome: None,
         };
         this.think(now);
         this
+    }
+
+    /// Somebody knows a server that may do better: it is asked next, instead of whoever is being asked or
+    /// waited for (O-48).
+    pub fn use_server(&mut self, server: ServerName, now: Now) {
+        if server == self.own.name {
+            return;
+        }
+        self.preferred = Some(server);
+        if matches!(self.state, State::Resting(_) | State::Fetching(..)) {
+            self.rounds_failed = 0;
+            self.begin_again(now);
+        }
     }
 
     /// Somebody asks for another try at once (O-48).
@@ -295,7 +311,10 @@ impl Resync {
             return self.done(Resynced::Full);
         };
         let mut seen = BTreeSet::new();
-        self.sources = std::iter::once(&marker.joined_via)
+        self.sources = self
+            .preferred
+            .iter()
+            .chain([&marker.joined_via])
             .chain(&marker.servers_in_room)
             .chain(&hosts)
             .filter(|server| **server != self.own.name && seen.insert((*server).clone()))

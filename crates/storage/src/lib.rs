@@ -10,6 +10,7 @@ pub mod accounts;
 pub mod apply;
 pub mod appservices;
 pub mod backup;
+pub mod blocked;
 mod cache;
 pub mod devices;
 pub mod directory;

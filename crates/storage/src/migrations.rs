@@ -7,6 +7,11 @@ const FILES: &[(i64, &str, &str)] = &[
     (1, "rooms", include_str!("schema/001_rooms.sql")),
     (2, "accounts", include_str!("schema/002_accounts.sql")),
     (3, "rooms_extra", include_str!("schema/003_rooms_extra.sql")),
+    (
+        4,
+        "blocked_rooms",
+        include_str!("schema/004_blocked_rooms.sql"),
+    ),
 ];
 
 const CREATE: &str =

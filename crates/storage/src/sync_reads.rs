@@ -38,6 +38,15 @@ const ROOM_WITH: &str = "SELECT r.room_id FROM memberships b
     JOIN rooms r ON r.nid = b.room_nid WHERE b.user_id = $2 ORDER BY r.nid LIMIT 1";
 const JOINED_USERS: &str = "SELECT user_id FROM memberships
     WHERE room_nid = $1 AND membership = 'join' ORDER BY user_id";
+const LOCAL_MEMBERS: &str = "SELECT user_id FROM memberships WHERE room_nid = $1 AND local = 1
+    AND membership IN ('join', 'invite', 'knock')";
+const OUT_OF_BAND_MEMBERS: &str = "SELECT user_id FROM out_of_band WHERE room_nid = $1
+    AND membership IN ('invite', 'knock')";
+const PARTIAL_SERVERS_OF: &str = "SELECT DISTINCT s.server FROM partial_servers s
+    JOIN memberships m ON m.room_nid = s.room_nid WHERE m.user_id = $1 AND m.membership = 'join'";
+const IN_PARTIAL_ROOMS_WITH: &str = "SELECT DISTINCT m.user_id FROM partial_servers s
+    JOIN memberships m ON m.room_nid = s.room_nid
+    WHERE s.server = $1 AND m.local = 1 AND m.membership = 'join'";
 const SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b
     ON b.room_nid = a.room_nid WHERE a.user_id = $1 AND a.membership = 'join'
     AND b.membership = 'join' AND b.user_id IN (SELECT value FROM rarray_text($2))";
@@ -143,6 +152,32 @@ pub fn joined_users(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {
 }
 
 /// Those of these users who share a room with the user.
+/// Servers whose users may be in one of the user's partial rooms.
+pub fn partial_servers_of(
+    c: &mut dyn Conn,
+    user: &UserId,
+) -> Result<BTreeSet<protocol::id::ServerName>> {
+    let servers = c.query_all(PARTIAL_SERVERS_OF, &[user], |row| row.id(0))?;
+    Ok(servers.into_iter().collect())
+}
+
+/// Our users that are in a partial room of which this server is said to be, too.
+pub fn in_partial_rooms_with(
+    c: &mut dyn Conn,
+    server: &protocol::id::ServerName,
+) -> Result<Vec<UserId>> {
+    c.query_all(IN_PARTIAL_ROOMS_WITH, &[server], |row| row.id(0))
+}
+
+/// Our users that are joined, invited or have knocked, in the room's state or out of band.
+pub fn local_members(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {
+    let mut users = c.query_all(LOCAL_MEMBERS, &[&room], |row| row.id(0))?;
+    users.extend(c.query_all(OUT_OF_BAND_MEMBERS, &[&room], |row| row.id(0))?);
+    users.sort_unstable();
+    users.dedup();
+    Ok(users)
+}
+
 pub fn sharing(c: &mut dyn Conn, user: &UserId, among: &[UserId]) -> Result<Vec<UserId>> {
     if among.is_empty() {
         return Ok(Vec::new());

@@ -58,6 +58,7 @@ laws!(
     rejected_events_are_not_served,
     states_are_kept_at_every_event,
     texts_and_bytes_come_back_as_they_were,
+    what_a_purged_room_owes_is_still_sent,
     what_is_sent_waits_in_the_outbox,
     what_was_committed_survives_a_crash,
     what_was_partial_in_a_freed_room_is_not_trusted,

@@ -475,16 +475,21 @@ impl Look<'_> {
             return Ok(false);
         }
         let me = &ask.reader.user;
-        let mut users: BTreeSet<UserId> = match ask.since {
-            None => sync_reads::all_sharing(self.c, me)?.into_iter().collect(),
-            Some(since) => {
-                let changed =
-                    sync_reads::presence_changed(self.c, since.presence, self.next.presence)?;
-                sync_reads::sharing(self.c, me, &changed)?
-                    .into_iter()
-                    .collect()
-            }
+        let partial_servers = sync_reads::partial_servers_of(self.c, me)?;
+        let from = ask.since.map_or(0, |since| since.presence);
+        let changed = match ask.since.is_some() || !partial_servers.is_empty() {
+            true => sync_reads::presence_changed(self.c, from, self.next.presence)?,
+            false => Vec::new(),
         };
+        let mut users: BTreeSet<UserId> = match ask.since {
+            None => sync_reads::all_sharing(self.c, me)?,
+            Some(_) => sync_reads::sharing(self.c, me, &changed)?,
+        }
+        .into_iter()
+        .collect();
+        // P-65: in a partial room most members are not known so far.
+        let may_share = |user: &UserId| partial_servers.contains(&user.server_name());
+        users.extend(changed.into_iter().filter(may_share));
         for user in devices::newcomers(self.c, ask, &self.came, self.next.events)? {
             users.insert(user);
         }

@@ -12,6 +12,7 @@ use futures::{Stream, StreamExt as _};
 use homeserver::Homeserver;
 use homeserver::error::MatrixError;
 use homeserver::jobs;
+use protocol::id::ServerName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::BroadcastStream;
@@ -29,6 +30,7 @@ pub fn routes() -> Router<Homeserver> {
         .route("/_vestibule/admin/v1/joins/{id}", get(one))
         .route("/_vestibule/admin/v1/joins/{id}", delete(cancel))
         .route("/_vestibule/admin/v1/joins/{id}/retry", post(retry))
+        .route("/_vestibule/admin/v1/joins/{id}/server", post(use_server))
 }
 
 #[derive(Deserialize)]
@@ -61,16 +63,33 @@ async fn one(
     Ok(Json(hs.jobs().describe(id).await?))
 }
 
-/// Before `send_join` nothing remains of a cancelled join; after it a leave is owed. A join that made it
-/// into the room is ended by leaving the room.
+/// Before `send_join` nothing remains of a cancelled join; after it a leave is owed; and who is in the room
+/// already leaves it.
 async fn cancel(
     State(hs): State<Homeserver>,
     _admin: Admin,
     Path(id): Path<i64>,
 ) -> Result<Json<Value>> {
-    match hs.rooms().cancel_join(id) {
+    match hs.jobs().cancel(id).await? {
         true => Ok(Json(json!({}))),
         false => Err(MatrixError::not_found("No such join is under way").into()),
+    }
+}
+
+#[derive(Deserialize)]
+struct Use {
+    server: ServerName,
+}
+
+async fn use_server(
+    State(hs): State<Homeserver>,
+    _admin: Admin,
+    Path(id): Path<i64>,
+    Json(body): Json<Use>,
+) -> Result<Json<Value>> {
+    match hs.jobs().use_server(id, body.server).await? {
+        true => Ok(Json(json!({}))),
+        false => Err(MatrixError::not_found("Nothing of this join is under way").into()),
     }
 }
 

@@ -4,7 +4,7 @@ use protocol::id::EventId;
 use room::effect::{Load, Loaded};
 use room::write::Verdict;
 use serde_json::json;
-use storage::{federation_reads, leases, purge, rooms, sync_reads};
+use storage::{federation_reads, leases, purge, queues, rooms, sync_reads};
 
 use crate::engines::Database;
 use crate::laws::rooms::{Fixture, placed, server, user};
@@ -146,6 +146,26 @@ pub async fn a_lease_has_one_holder(database: &Database) {
         })
         .await
         .unwrap();
+}
+
+pub async fn what_a_purged_room_owes_is_still_sent(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    line(&mut fixture).await;
+    let room = fixture.room.clone();
+    let newest = fixture.head().await.forward_extremities[0].nid;
+    let (waiting, left) = fixture
+        .store
+        .write(move |c| {
+            queues::enqueue_event(c, newest, &[server("owed.org")])?;
+            purge::room(c, &room)?;
+            let left = c.query_one("SELECT COUNT(*) FROM events", &[], |row| row.int(0))?;
+            Ok((queues::waiting(c, &server("owed.org"), 10)?, left))
+        })
+        .await
+        .unwrap();
+    assert_eq!((waiting.len(), left), (1, 1));
+    assert!(matches!(&waiting[0].what, queues::Cargo::Pdu(pdu) if !pdu.is_empty()));
+    assert!(matches!(fixture.load(Load::Head).await, Loaded::Head(None)));
 }
 
 pub async fn a_purged_room_can_be_joined_again(database: &Database) {
