@@ -204,7 +204,7 @@ impl<'a> World<'a> {
             let (own, room) = (self.fixture.us.clone(), self.fixture.room.clone());
             let seed = self.chance.draw();
             let options = ResyncOptions {
-                compare_donors: seed % 2 == 0,
+                compare_donors: seed.is_multiple_of(2),
             };
             // O-46: one liar gets nowhere, unless there is nobody to contradict it.
             let lies = options.compare_donors && self.faults == 0;

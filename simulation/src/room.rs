@@ -670,7 +670,7 @@ impl World {
         let own = self.servers[server].own.clone();
         let seed = self.chance.draw();
         let options = ResyncOptions {
-            compare_donors: seed % 2 == 0,
+            compare_donors: seed.is_multiple_of(2),
         };
         let resync = Resync::new(own, self.room.clone(), options, seed, self.now());
         self.start(server, Task::Resync(Box::new(resync)));
