@@ -16,6 +16,7 @@ pub async fn full_state(homeserver: &Homeserver, room: &RoomId) -> Result<()> {
         if !is_partial(homeserver, room).await? {
             return Ok(());
         }
+        homeserver.tasks().is_wanted(room);
         tokio::select! {
             () = wakeups.next() => {}
             () = tokio::time::sleep_until(deadline) => {

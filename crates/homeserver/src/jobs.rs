@@ -217,6 +217,9 @@ impl Jobs<'_> {
     /// A machine says how far it is.
     pub(crate) fn progress(&self, room: &RoomId, job: Option<i64>, step: Step) {
         tracing::info!(%room, ?job, ?step, "join");
+        if matches!(step, Step::Retrying { .. }) {
+            self.hs.tasks().resync_pauses(room);
+        }
         let Some(number) = job.or_else(|| self.of_room(room)) else {
             return;
         };

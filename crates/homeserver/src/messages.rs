@@ -145,6 +145,7 @@ pub async fn messages(
     room: &RoomId,
     asked: MessagesAsked,
 ) -> Result<Value> {
+    homeserver.tasks().is_wanted(room);
     let filter = match &asked.filter {
         Some(text) => EventFilter::parse(text)?,
         None => EventFilter::default(),

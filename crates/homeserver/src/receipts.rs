@@ -46,6 +46,7 @@ pub async fn set(
         Mark::Read => "m.read",
         Mark::ReadPrivate => "m.read.private",
     };
+    homeserver.tasks().is_wanted(room);
     let receipt = Receipt {
         room: room.clone(),
         user: user.clone(),

@@ -1,7 +1,7 @@
 //! Background work that outlives requests and restarts: resyncs, interrupted joins, and leaves that are
 //! owed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,10 +21,23 @@ use crate::drive::{Command, Run, drive};
 const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
 const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
+/// Resyncs taken up at a start that fetch at the same time. Those of new joins, and of rooms that somebody
+/// waits for, come on top.
+const RESUMED_AT_ONCE_MAX: usize = 8;
+
 /// What runs now. One resync for each room at most (S-1).
 #[derive(Default)]
 pub struct Running {
     resyncs: Mutex<BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>>,
+    resumed: Mutex<Resumed>,
+}
+
+/// Rooms that were partial at the start.
+#[derive(Default)]
+struct Resumed {
+    /// Best first.
+    waiting: VecDeque<RoomId>,
+    running: BTreeSet<RoomId>,
 }
 
 pub struct Tasks<'a> {
@@ -54,6 +67,7 @@ impl Tasks<'_> {
         self.hs.tracker().spawn(async move {
             resync(&hs, &room, commands).await;
             hs.tasks().lock().remove(&room);
+            hs.tasks().resync_pauses(&room);
             // Somebody may have joined between the end and here (S-30).
             if let Ok(Some(head)) = hs.rooms().head(&room).await
                 && head.partial.is_some()
@@ -64,8 +78,49 @@ impl Tasks<'_> {
         });
     }
 
+    /// Somebody waits for this room: its resync does not wait for its turn.
+    pub(crate) fn is_wanted(&self, room: &RoomId) {
+        let waited = {
+            let mut resumed = self.resumed();
+            let place = resumed.waiting.iter().position(|other| other == room);
+            place.and_then(|place| resumed.waiting.remove(place))
+        };
+        if let Some(room) = waited {
+            self.start_resync(room);
+        }
+    }
+
+    /// A resync has ended, or rests since no server gives the state: another one may use its place.
+    pub(crate) fn resync_pauses(&self, room: &RoomId) {
+        self.resumed().running.remove(room);
+        self.start_resumed();
+    }
+
+    fn start_resumed(&self) {
+        loop {
+            let room = {
+                let mut resumed = self.resumed();
+                if resumed.running.len() >= RESUMED_AT_ONCE_MAX {
+                    return;
+                }
+                let Some(room) = resumed.waiting.pop_front() else {
+                    return;
+                };
+                resumed.running.insert(room.clone());
+                room
+            };
+            self.start_resync(room);
+        }
+    }
+
+    fn resumed(&self) -> std::sync::MutexGuard<'_, Resumed> {
+        let resumed = self.hs.running().resumed.lock();
+        resumed.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An admin wants a resync to try again now (O-48). `false` when none runs.
     pub fn retry_resync(&self, room: &RoomId) -> bool {
+        self.is_wanted(room);
         self.lock()
             .get(room)
             .is_some_and(|running| running.try_send(retry()).is_ok())
@@ -93,7 +148,14 @@ impl Tasks<'_> {
         let (intents, rooms) = self
             .hs
             .store()
-            .read(|c| Ok((queues::intents(c)?, storage::rooms::partial_rooms(c)?)))
+            .read(|c| {
+                let mut rooms = Vec::new();
+                for (nid, room) in storage::rooms::partial_rooms(c)? {
+                    rooms.push((storage::rooms::completion_rank(c, nid)?, room));
+                }
+                rooms.sort();
+                Ok((queues::intents(c)?, rooms))
+            })
             .await?;
         for intent in intents.into_iter().filter(|intent| !intent.owe_leave) {
             let hs = self.hs.clone();
@@ -101,9 +163,9 @@ impl Tasks<'_> {
                 .tracker()
                 .spawn(async move { resume_join(&hs, intent).await });
         }
-        for (_, room) in rooms {
-            self.start_resync(room);
-        }
+        let rooms = rooms.into_iter().map(|(_, room)| room);
+        self.resumed().waiting.extend(rooms);
+        self.start_resumed();
         self.pay_debts();
         Ok(())
     }

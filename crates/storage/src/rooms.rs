@@ -122,6 +122,18 @@ pub fn partial_rooms(c: &mut dyn Conn) -> Result<Vec<(RoomNid, RoomId)>> {
     c.query_all(PARTIAL, &[], |row| Ok((row.room_nid(0)?, row.id(1)?)))
 }
 
+const ENCRYPTED: &str =
+    "SELECT 1 FROM state_keys WHERE room_nid = $1 AND kind = 'm.room.encryption'
+    AND state_key = ''";
+const MARKER_SERVER_COUNT: &str = "SELECT COUNT(*) FROM partial_servers WHERE room_nid = $1";
+
+/// In which order partial rooms are best completed: encrypted ones first, as their users can not send
+/// before the members are known (P-48), then those on few servers. The smaller, the earlier.
+pub fn completion_rank(c: &mut dyn Conn, room: RoomNid) -> Result<(bool, i64)> {
+    let servers = c.query_int(MARKER_SERVER_COUNT, &[&room])?.unwrap_or(0);
+    Ok((!c.exists(ENCRYPTED, &[&room])?, servers))
+}
+
 /// How many events of a room are partial.
 pub fn partial_events_left(c: &mut dyn Conn, room: RoomNid) -> Result<i64> {
     c.query_one(PARTIAL_LEFT, &[&room], |row| row.int(0))
