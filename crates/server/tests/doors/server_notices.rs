@@ -117,6 +117,9 @@ async fn a_notice_cannot_be_refused_but_its_room_can_be_left() {
         assert_eq!(refused, (403, "M_FORBIDDEN".to_owned()), "{path}");
     }
     alice.post(&leave, json!({})).await;
+    alice
+        .post(&format!("/rooms/{room}/forget"), json!({}))
+        .await;
 
     let since = sync["next_batch"].as_str().unwrap();
     admin.post(PATH, notice("second")).await;
@@ -127,6 +130,13 @@ async fn a_notice_cannot_be_refused_but_its_room_can_be_left() {
         })
         .await;
     assert_eq!(again, room, "there is one room for all");
+    let (status, _) = alice.refused("POST", &leave, json!({})).await;
+    assert_eq!(status, 403);
+    alice.join(&room, "a.test").await;
+    let messages = alice.get(&format!("/rooms/{room}/messages?dir=b")).await;
+    let newest = list(&messages["chunk"]).iter();
+    let mut newest = newest.filter(|event| event["type"] == "m.room.message");
+    assert_eq!(newest.next().unwrap()["content"]["body"], "second");
 }
 
 #[tokio::test]
