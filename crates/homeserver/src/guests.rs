@@ -13,15 +13,19 @@ use crate::error::{MatrixError, Result};
 const GUEST_ACCESS: &str = "m.room.guest_access";
 
 impl Homeserver {
-    /// A guest joins only where the state that we hold lets guests in; so never a room we are not in.
-    pub(crate) async fn check_guest(&self, user: &UserId, room: &RoomId) -> Result<()> {
+    /// A guest joins only where the state that we hold lets guests in; so never a room we are not in. The
+    /// answer is whether the user is one.
+    pub(crate) async fn check_guest(&self, user: &UserId, room: &RoomId) -> Result<bool> {
         let (user, room) = (user.clone(), room.clone());
-        let allowed = self
+        let (guest, allowed) = self
             .store()
-            .read(move |c| Ok(!is_guest(c, &user)? || lets_guests_in(c, &room)?))
+            .read(move |c| {
+                let guest = is_guest(c, &user)?;
+                Ok((guest, !guest || lets_guests_in(c, &room)?))
+            })
             .await?;
         match allowed {
-            true => Ok(()),
+            true => Ok(guest),
             false => Err(MatrixError::guest_access_forbidden(
                 "Guests may not join this room",
             )),
@@ -53,7 +57,8 @@ impl Homeserver {
         Ok(())
     }
 
-    async fn send_guests_out(&self, room: RoomId) {
+    /// If the room shuts guests out.
+    pub(crate) async fn send_guests_out(&self, room: RoomId) {
         let asked = room.clone();
         let guests = match self.store().read(move |c| guests_to_leave(c, &asked)).await {
             Ok(guests) => guests,

@@ -345,7 +345,7 @@ impl Rooms<'_> {
     /// `POST /join/{roomIdOrAlias}`. Returns when the room is usable; the rest is opened behind.
     pub async fn join(&self, user: &UserId, target: &str, wish: JoinWish) -> Result<RoomId> {
         let (room, servers) = self.resolve(target, wish.via).await?;
-        self.hs.check_guest(user, &room).await?;
+        let guest = self.hs.check_guest(user, &room).await?;
         if self.hs.room_blocked_by(&room).await?.is_some() {
             return Err(MatrixError::forbidden(
                 "This room has been blocked on this server",
@@ -356,6 +356,24 @@ impl Rooms<'_> {
         }
         let mut member = self.member(user, wish.reason).await?;
         member.extra = wish.extra;
+        if guest {
+            member.extra.insert("kind".to_owned(), "guest".into());
+        }
+        let room = self.enter(room, user, member, servers).await?;
+        if guest {
+            // The door may have been shut meanwhile.
+            self.hs.send_guests_out(room.clone()).await;
+        }
+        Ok(room)
+    }
+
+    async fn enter(
+        &self,
+        room: RoomId,
+        user: &UserId,
+        member: Member,
+        servers: Vec<ServerName>,
+    ) -> Result<RoomId> {
         if let Some(joined) = self.join_locally(&room, user, &member, &servers).await? {
             return joined.map(|()| room);
         }

@@ -564,6 +564,7 @@ async fn j83_a_guest_joins_only_where_guests_may_and_leaves_when_they_may_no_mor
         .put(&access, json!({ "guest_access": "can_join" }))
         .await;
     guest.join(&open, "a.test").await;
+    assert_eq!(alice.get(&member(&open)).await["kind"], "guest");
     let (_, since) = guest
         .sync_until(None, |body| body["rooms"]["join"].get(&open).cloned())
         .await;
