@@ -1,4 +1,4 @@
-//! Runs seeds: `simulation [machine|room] [--seeds N] [--seed N] [--trace]`.
+//! Runs seeds: `simulation [machine|room] [--seeds N] [--from N] [--seed N] [--trace]`.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         seeds: 0..SEEDS,
         trace: false,
     };
+    let mut from = 0;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let number = |text: Option<String>| text.and_then(|text| text.parse::<u64>().ok());
@@ -29,6 +30,10 @@ fn main() -> ExitCode {
                 Some(n) => options.seeds = 0..n,
                 None => return usage(),
             },
+            "--from" => match number(args.next()) {
+                Some(n) => from = n,
+                None => return usage(),
+            },
             "--seed" => match number(args.next()) {
                 Some(n) => options.seeds = n..n + 1,
                 None => return usage(),
@@ -36,6 +41,7 @@ fn main() -> ExitCode {
             _ => return usage(),
         }
     }
+    options.seeds = options.seeds.start + from..options.seeds.end + from;
     let mut tally = Tally::default();
     if level.as_deref() != Some("room") {
         run_machine(&options, &mut tally);
@@ -56,7 +62,7 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: simulation [machine|room] [--seeds N] [--seed N] [--trace]");
+    eprintln!("usage: simulation [machine|room] [--seeds N] [--from N] [--seed N] [--trace]");
     ExitCode::FAILURE
 }
 

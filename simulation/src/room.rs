@@ -1087,6 +1087,10 @@ impl World {
                 return Err(format!("s{n} left a join unfinished"));
             }
         }
+        in_room.retain(|name| {
+            let n = self.number(name);
+            !n.is_some_and(|n| self.said_farewell(reference, n))
+        });
         for name in &in_room {
             let n = self.number(name).ok_or("a member of no server")?;
             if self.joined_here(n).is_empty() {
@@ -1101,6 +1105,7 @@ impl World {
                 return Err(difference(n, &state, &theirs));
             }
         }
+        self.check_states(reference, &in_room)?;
         for (server, id) in &self.promised {
             let room = self.servers[*server].store.room(&self.room);
             let row = room.and_then(|room| room.row(id));
@@ -1109,6 +1114,69 @@ impl World {
             }
         }
         Ok((in_room.len(), reference.events.len()))
+    }
+}
+
+impl World {
+    /// Whether all of a server's users left by events that the other server refused, because it could not
+    /// ask for what came before them (P-19). Nobody sends such an event again, and nothing else comes from
+    /// there that would bring it along.
+    fn said_farewell(&self, other: &crate::store::Room, n: usize) -> bool {
+        let name = &self.servers[n].own.name;
+        let ghosts = other.joined();
+        let mut ghosts = ghosts.iter().filter(|user| user.server_name() == *name);
+        let Some(here) = self.servers[n].store.room(&self.room) else {
+            return false;
+        };
+        let state = here.state();
+        ghosts.all(|user| {
+            let member = state.get(&("m.room.member".to_owned(), user.to_string()));
+            let left = member.and_then(|id| here.row(id)).filter(|row| {
+                row.pdu.membership() == Some("leave") && row.pdu.sender.server_name() == *name
+            });
+            left.is_some_and(|row| other.row(&row.pdu.event_id).is_none())
+        })
+    }
+
+    /// What every server in the room must say the same of: the verdict on an event, and the state before it,
+    /// where it is full in two places.
+    fn check_states(
+        &self,
+        reference: &crate::store::Room,
+        in_room: &BTreeSet<ServerName>,
+    ) -> Result<(), String> {
+        for name in in_room {
+            let n = self.number(name).ok_or("a member of no server")?;
+            let room = self.servers[n].store.room(&self.room);
+            let room = room.ok_or("a member without a room")?;
+            for row in room.events.values() {
+                let id = &row.pdu.event_id;
+                let full = |row: &&crate::store::Row| {
+                    row.place == Place::Timeline
+                        && row.state.as_ref().is_some_and(|state| !state.partial)
+                };
+                let (Some(ours), true) = (reference.row(id).filter(full), full(&row)) else {
+                    continue;
+                };
+                let rejected = |row: &crate::store::Row| {
+                    matches!(row.verdict, room::write::Verdict::Rejected(_))
+                };
+                if rejected(ours) != rejected(row) {
+                    return Err(format!(
+                        "{id} is {:?} for s0 and {:?} for s{n}",
+                        ours.verdict, row.verdict
+                    ));
+                }
+                let before = |room: &crate::store::Room, row: &crate::store::Row| {
+                    room.names(&row.state.as_ref().expect("it is full").before)
+                };
+                let (ours, theirs) = (before(reference, ours), before(room, row));
+                if ours != theirs {
+                    return Err(format!("at {id} {}", difference(n, &ours, &theirs)));
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -59,6 +59,11 @@ fn a_server_that_only_thinks_it_is_in_the_room_asks_rarely_until_its_users_leave
 }
 
 #[test]
+fn a_leave_whose_past_could_not_be_asked_for_was_refused_and_is_not_sent_again() {
+    check_room(2693);
+}
+
+#[test]
 fn the_state_of_a_room_that_nobody_is_in_was_held_to_verdicts_found_later() {
     check_room(12172);
 }
