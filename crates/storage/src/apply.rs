@@ -615,8 +615,11 @@ impl Plan {
             };
             if let Ok(user) = UserId::parse(user)
                 && user.server_str() != self.own.as_str()
+                && crate::e2ee::remote_list(c, &user)?.is_some()
             {
                 crate::e2ee::drop_remote_list(c, &user)?;
+                // Clients have them, too.
+                devices::changed(c, &user, "")?;
             }
         }
         Ok(())

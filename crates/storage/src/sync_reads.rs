@@ -47,6 +47,9 @@ const PARTIAL_SERVERS_OF: &str = "SELECT DISTINCT s.server FROM partial_servers 
 const IN_PARTIAL_ROOMS_WITH: &str = "SELECT DISTINCT m.user_id FROM partial_servers s
     JOIN memberships m ON m.room_nid = s.room_nid
     WHERE s.server = $1 AND m.local = 1 AND m.membership = 'join'";
+const GONE_FROM: &str = "SELECT o.user_id FROM memberships m JOIN memberships o
+    ON o.room_nid = m.room_nid WHERE m.room_nid = $1 AND m.user_id = $2 AND m.membership = 'join'
+    AND o.membership IN ('leave', 'ban') AND o.position > $3 AND o.position <= $4";
 const SHARING: &str = "SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b
     ON b.room_nid = a.room_nid WHERE a.user_id = $1 AND a.membership = 'join'
     AND b.membership = 'join' AND b.user_id IN (SELECT value FROM rarray_text($2))";
@@ -145,6 +148,17 @@ pub fn is_joined(c: &mut dyn Conn, room: &RoomId, user: &UserId) -> Result<bool>
 /// The oldest room that one user is in and that has a membership of the other, whichever it is.
 pub fn room_with(c: &mut dyn Conn, joined: &UserId, other: &UserId) -> Result<Option<RoomId>> {
     c.query_opt(ROOM_WITH, &[joined, other], |row| row.id(0))
+}
+
+/// Who went out of a room that the user is in, after one position and up to another.
+pub fn gone_from(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    user: &UserId,
+    after: i64,
+    up_to: i64,
+) -> Result<Vec<UserId>> {
+    c.query_all(GONE_FROM, &[&room, user, &after, &up_to], |row| row.id(0))
 }
 
 pub fn joined_users(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {

@@ -99,6 +99,16 @@ pub fn lists(
     for (room, _) in went {
         gone.extend(sync_reads::joined_users(c, *room)?);
     }
+    // P-60: no event of the timeline tells who was found not to be in a room when it became full.
+    for room in sync_reads::became_full(c, since.became_full, next.became_full)? {
+        gone.extend(sync_reads::gone_from(
+            c,
+            room,
+            me,
+            since.events,
+            next.events,
+        )?);
+    }
     let updated = storage::devices::changed_between(c, since.device_lists, next.device_lists)?;
     candidates.extend(updated);
     let mine = candidates.contains(me);
