@@ -1,16 +1,13 @@
 //! Whole servers that talk to each other through their real doors, over a network in memory.
 
-use std::collections::HashMap;
+#[path = "common/network.rs"]
+mod network;
+
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
-use federation::transport::{Request, Response};
-use federation::{Transport, TransportError};
-use futures::StreamExt;
-use futures::future::BoxFuture;
 use homeserver::appservice::Appservices;
 use homeserver::clock::SystemClock;
 use homeserver::config::Config;
@@ -26,43 +23,7 @@ use serde_json::{Value, json};
 use storage::Store;
 use tower::ServiceExt;
 
-/// Who can be reached, by name, and what was said.
-#[derive(Default)]
-struct Network {
-    servers: Mutex<HashMap<ServerName, Router>>,
-    said: Mutex<Vec<String>>,
-}
-
-impl Transport for Network {
-    fn send(&self, request: Request) -> BoxFuture<'_, Result<Response, TransportError>> {
-        let router = self.servers.lock().unwrap().get(&request.to).cloned();
-        let line = format!("{} {}", request.method, request.path_and_query);
-        self.said.lock().unwrap().push(line);
-        Box::pin(async move {
-            let Some(router) = router else {
-                return Err(TransportError::Connect {
-                    server: request.to,
-                    reason: "nobody listens".into(),
-                });
-            };
-            let mut incoming =
-                axum::http::Request::new(Body::from(request.body.unwrap_or_default()));
-            *incoming.method_mut() = request.method;
-            *incoming.uri_mut() = request.path_and_query.parse().unwrap();
-            *incoming.headers_mut() = request.headers;
-            let answer = router.oneshot(incoming).await.unwrap();
-            let (head, body) = answer.into_parts();
-            Ok(Response {
-                status: head.status,
-                headers: head.headers,
-                body: Box::pin(
-                    body.into_data_stream()
-                        .map(|chunk| chunk.map_err(|e| TransportError::Broken(e.to_string()))),
-                ),
-            })
-        })
-    }
-}
+use crate::network::Network;
 
 fn name(text: &str) -> ServerName {
     ServerName::parse(text).unwrap()
@@ -95,7 +56,7 @@ async fn start(network: &Arc<Network>, server: &str) -> Homeserver {
         wire,
     );
     let router = vestibule_http::router(homeserver.clone());
-    network.servers.lock().unwrap().insert(name(server), router);
+    network.add(name(server), router);
     homeserver
 }
 
@@ -508,10 +469,5 @@ async fn a_user_joins_over_federation() {
     b.rooms().join(&bob, room.as_str(), wish).await.unwrap();
     assert_eq!(a.rooms().servers(&room).await.unwrap(), [name("b.test")]);
     assert_eq!(b.rooms().servers(&room).await.unwrap(), [name("a.test")]);
-    let said = network.said.lock().unwrap();
-    let joins = said
-        .iter()
-        .filter(|line| line.contains("send_join"))
-        .count();
-    assert_eq!(joins, 1);
+    assert_eq!(network.count("send_join"), 1);
 }

@@ -1,15 +1,10 @@
 //! Servers on a network in memory, and the users that ask them.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request};
-use federation::transport::{Request as Outgoing, Response};
-use federation::{Transport, TransportError};
-use futures::StreamExt as _;
-use futures::future::BoxFuture;
 use homeserver::appservice::{Appservice, Appservices};
 use homeserver::clock::SystemClock;
 use homeserver::config::{Config, Registration};
@@ -20,52 +15,10 @@ use serde_json::{Value, json};
 use storage::Store;
 use tower::ServiceExt as _;
 
+pub use crate::network::Network;
+
 /// Syncs that a test waits through for what it wants to see.
 const SYNCS_MAX: usize = 20;
-
-/// Who can be reached, by name, and what was asked.
-#[derive(Default)]
-pub struct Network {
-    servers: Mutex<HashMap<ServerName, Router>>,
-    asked: Mutex<Vec<String>>,
-}
-
-impl Network {
-    /// How often a path was asked for.
-    pub fn count(&self, path: &str) -> usize {
-        let asked = self.asked.lock().unwrap();
-        asked.iter().filter(|line| line.contains(path)).count()
-    }
-}
-
-impl Transport for Network {
-    fn send(&self, request: Outgoing) -> BoxFuture<'_, Result<Response, TransportError>> {
-        let router = self.servers.lock().unwrap().get(&request.to).cloned();
-        let line = format!("{} {}", request.method, request.path_and_query);
-        self.asked.lock().unwrap().push(line);
-        Box::pin(async move {
-            let Some(router) = router else {
-                return Err(TransportError::Connect {
-                    server: request.to,
-                    reason: "nobody listens".into(),
-                });
-            };
-            let mut incoming = Request::new(Body::from(request.body.unwrap_or_default()));
-            *incoming.method_mut() = request.method;
-            *incoming.uri_mut() = request.path_and_query.parse().unwrap();
-            *incoming.headers_mut() = request.headers;
-            let (head, body) = router.oneshot(incoming).await.unwrap().into_parts();
-            let body = body.into_data_stream();
-            Ok(Response {
-                status: head.status,
-                headers: head.headers,
-                body: Box::pin(
-                    body.map(|chunk| chunk.map_err(|e| TransportError::Broken(e.to_string()))),
-                ),
-            })
-        })
-    }
-}
 
 const BRIDGE: &str = r##"
 id: bridge
@@ -131,7 +84,7 @@ pub async fn start_with(
     let homeserver = homeserver(network.clone(), config, store);
     homeserver.start().await.unwrap();
     let router = vestibule_http::router(homeserver.clone());
-    network.servers.lock().unwrap().insert(name, router.clone());
+    network.add(name, router.clone());
     Server {
         homeserver,
         router,
