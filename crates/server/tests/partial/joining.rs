@@ -1,0 +1,91 @@
+//! The handshake when it is cut off: taken back, or caught by a restart.
+
+use serde_json::json;
+
+use crate::resident::Gate;
+use crate::world::{Begun, Stage, User};
+
+/// Alice begins to join, and the resident holds an answer back.
+fn begin(stage: &Stage, alice: &User) -> Begun {
+    let path = format!("/join/{}?via={}", stage.room.id, stage.resident.name);
+    alice.begin("POST", path, json!({}))
+}
+
+/// An administrator takes the join back.
+async fn cancel(root: &User) {
+    let joins = root.get("/_vestibule/admin/v1/joins").await;
+    let path = format!("/_vestibule/admin/v1/joins/{}", joins["joins"][0]["id"]);
+    root.delete(&path).await;
+    crate::world::until("the end of the join", async || {
+        let job = root.get(&path).await;
+        (!job["finished_ts"].is_null()).then_some(())
+    })
+    .await;
+}
+
+async fn rooms_of(user: &User) -> usize {
+    let rooms = user.get("/joined_rooms").await;
+    rooms["joined_rooms"].as_array().unwrap().len()
+}
+
+#[tokio::test]
+async fn a_join_that_is_taken_back_before_it_was_sent_leaves_nothing() {
+    let stage = Stage::set().await;
+    let root = stage.here.administrator("root").await;
+    let alice = stage.here.register("alice").await;
+    let gate = Gate::new(false);
+    stage.resident.hold_make_join(&gate);
+    let joining = begin(&stage, &alice);
+    stage.resident.asked("make_join").await;
+    cancel(&root).await;
+    assert_eq!(joining.status().await, 502);
+    gate.open();
+    assert_eq!(rooms_of(&alice).await, 0);
+
+    // Nothing is under way, so she can join as if nothing had been.
+    stage.join(&alice).await;
+    assert_eq!(stage.resident.take_asked("send_join"), 1);
+    stage.end(&alice).await;
+}
+
+#[tokio::test]
+async fn a_join_that_is_taken_back_after_it_was_sent_is_followed_by_a_leave() {
+    let stage = Stage::set().await;
+    let root = stage.here.administrator("root").await;
+    let alice = stage.here.register("alice").await;
+    let gate = Gate::new(false);
+    stage.resident.hold_send_join(&gate);
+    let joining = begin(&stage, &alice);
+    stage.resident.asked("send_join").await;
+    cancel(&root).await;
+    assert_eq!(joining.status().await, 502);
+    gate.open();
+    assert_eq!(rooms_of(&alice).await, 0);
+    // The resident holds her as a member until the debt is paid.
+    let leave = stage.resident.leave_of(&alice.id).await;
+    assert_eq!(leave.sender.as_str(), alice.id);
+    stage.resident.asked("make_leave").await;
+}
+
+#[tokio::test]
+async fn s_35_a_join_that_a_restart_cuts_off_is_taken_up_with_the_same_event() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let before = Gate::new(false);
+    stage.resident.hold_send_join(&before);
+    let state = Gate::new(false);
+    stage.resident.serve_state(&stage.room, &state);
+    let joining = begin(&stage, &alice);
+    stage.resident.asked("send_join").await;
+    let join = stage.room.member(&alice.id);
+
+    stage.here.restart().await;
+    assert_ne!(joining.status().await, 200);
+    before.open();
+    stage.resident.asked("send_join").await;
+    let mut lazy = alice.lazy();
+    lazy.until_event(&join).await;
+    assert_eq!(stage.room.member(&alice.id).event_id, join.event_id);
+    state.open();
+    stage.end(&alice).await;
+}
