@@ -1,7 +1,18 @@
 //! The benchmarks, each of which prints what it measured and on what, and the demo.
 
+mod client;
+mod contest;
 mod demo;
+mod generated;
+mod join;
+mod plot;
+mod resident;
+mod serve;
+mod servers;
 mod state;
+mod table;
+mod usage;
+mod wire;
 
 use clap::{Parser, Subcommand};
 
@@ -13,6 +24,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// Joining a big room on another server.
+    Join(join::Arguments),
+    /// A server that has a big room answers others.
+    Serve(serve::Arguments),
     /// Room state in the store: bytes for a change, time to read it back.
     State(state::Arguments),
     /// Two servers on loopback, one of which joins a big room on the other.
@@ -22,6 +37,8 @@ enum Bench {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     match Arguments::parse().bench {
+        Bench::Join(arguments) => join::run(arguments).await,
+        Bench::Serve(arguments) => serve::run(arguments).await,
         Bench::State(arguments) => state::run(arguments).await,
         Bench::Demo(arguments) => demo::run(arguments).await,
     }

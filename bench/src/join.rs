@@ -1,0 +1,233 @@
+//! Joining a big room on another server, through the client API.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+
+use crate::client::{Client, escaped, http, next_batch};
+use crate::contest::ContestArguments;
+use crate::resident::{Kept, Resident, ShapeArguments};
+use crate::servers::{Program, directory};
+use crate::table::{Figures, Row, Table, Unit};
+use crate::usage;
+
+/// How long a server is watched after it knows all members.
+const AFTERWARDS: Duration = Duration::from_secs(30);
+/// A join that takes longer has failed.
+const JOIN_MAX: Duration = Duration::from_secs(1200);
+const SWEEP: [usize; 4] = [1000, 10_000, 50_000, 100_000];
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    shape: ShapeArguments,
+    #[command(flatten)]
+    contest: ContestArguments,
+    /// Rooms of 1,000 to 100,000 members, and what an event costs in each.
+    #[arg(long)]
+    sweep: bool,
+}
+
+pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if arguments.sweep {
+        return sweep(&arguments).await;
+    }
+    let kept = Kept::get(&arguments.shape.shape()).await?;
+    let (versions, servers) = measure_all(&arguments, &kept).await?;
+    let title = format!("Joining {}", kept.describe());
+    let table = Table::of(title, &servers);
+    table.print();
+    println!("\n{}", conditions(&versions, arguments.contest.repeat));
+    table.save(&directory("bench")?, "join")
+}
+
+pub fn conditions(versions: &[String], repeat: usize) -> String {
+    format!(
+        "{}; load average {} at the end; {}; runs of each: {repeat}",
+        usage::machine(),
+        usage::load(),
+        versions.join(", "),
+    )
+}
+
+async fn sweep(arguments: &Arguments) -> anyhow::Result<()> {
+    let mut rows = Vec::new();
+    let mut columns = Vec::new();
+    for members in SWEEP {
+        let mut shape = arguments.shape.clone();
+        shape.members = members;
+        let kept = Kept::get(&shape.shape()).await?;
+        let (_, servers) = measure_all(arguments, &kept).await?;
+        let table = Table::of(String::new(), &servers);
+        for (column, (name, _)) in servers.iter().enumerate() {
+            if rows.is_empty() {
+                columns.push(name.clone());
+            }
+            for what in [FULL, CPU] {
+                let row = table.rows.iter().find(|row| row.what == what);
+                let value = row.and_then(|row| row.values[column]);
+                let each = value.map(|seconds| seconds * 1e6 / kept.events() as f64);
+                rows.push((members, column, what, each));
+            }
+        }
+    }
+    let mut table = Table {
+        title: "Cost of an event of the state and its auth chain".to_owned(),
+        columns,
+        rows: Vec::new(),
+    };
+    for (index, members) in SWEEP.into_iter().enumerate() {
+        for what in [FULL, CPU] {
+            let mut values = vec![None; table.columns.len()];
+            for (_, column, _, each) in rows.iter().filter(|row| row.0 == members && row.2 == what)
+            {
+                values[*column] = *each;
+            }
+            let what = SWEEP_ROWS[index][usize::from(what == CPU)];
+            let unit = Unit::Micros;
+            table.rows.push(Row { what, unit, values });
+        }
+    }
+    table.print();
+    table.save(&directory("bench")?, "sweep")
+}
+
+const FULL: &str = "all members known";
+const CPU: &str = "CPU until then";
+const SWEEP_ROWS: [[&str; 2]; 4] = [
+    ["1,000 members: time", "1,000 members: CPU"],
+    ["10,000 members: time", "10,000 members: CPU"],
+    ["50,000 members: time", "50,000 members: CPU"],
+    ["100,000 members: time", "100,000 members: CPU"],
+];
+
+/// The versions, and the figures by server.
+async fn measure_all(
+    arguments: &Arguments,
+    kept: &Kept,
+) -> anyhow::Result<(Vec<String>, Vec<(String, Vec<Figures>)>)> {
+    println!("{}", kept.describe());
+    let (mut versions, mut servers) = (Vec::new(), Vec::new());
+    for program in arguments.contest.programs()? {
+        let label = arguments.contest.label(&program);
+        let mut runs = Vec::new();
+        for _ in 0..arguments.contest.repeat {
+            println!("joining with {label}");
+            let (version, figures) = measure(&arguments.contest, &program, kept).await?;
+            if runs.is_empty() {
+                versions.push(version);
+            }
+            runs.push(figures);
+        }
+        servers.push((label, runs));
+    }
+    Ok((versions, servers))
+}
+
+async fn measure(
+    contest: &ContestArguments,
+    program: &Program,
+    kept: &Kept,
+) -> anyhow::Result<(String, Figures)> {
+    let http = http()?;
+    let runs = directory("bench")?.join("join");
+    let resident = kept.run(&runs.join("resident"), &http).await?;
+    let home = runs.join(program.to_string());
+    let joiner = contest
+        .set_up(program, &home, &resident.server.name)
+        .await?;
+    let running = joiner.start(&http).await?;
+    let password = format!("{:016x}", rand::random::<u64>());
+    let guest = Client::register(&http, &joiner, "guest", &password).await?;
+    let version = joiner.version(&http).await?;
+
+    let pid = running.pid()?;
+    let cpu_before = usage::cpu_seconds(pid)?;
+    let requests_before = resident.server.federation_requests(&http).await?;
+    let (up_before, down_before) = resident.wire.bytes();
+    let mut figures = tokio::time::timeout(JOIN_MAX, join(&guest, &resident, kept)).await??;
+    let cpu_full = usage::cpu_seconds(pid)?;
+    tokio::time::sleep(AFTERWARDS).await;
+    let cpu_after = usage::cpu_seconds(pid)?;
+    let (up, down) = resident.wire.bytes();
+    let requests = resident.server.federation_requests(&http).await?;
+    figures.extend([
+        (CPU, Unit::Seconds, cpu_full - cpu_before),
+        ("CPU in the 30 s after", Unit::Seconds, cpu_after - cpu_full),
+        ("peak memory", Unit::Bytes, usage::peak_memory(pid)?),
+        (
+            "received from the resident",
+            Unit::Bytes,
+            (down - down_before) as f64,
+        ),
+        ("sent to the resident", Unit::Bytes, (up - up_before) as f64),
+        (
+            "requests to the resident",
+            Unit::Count,
+            requests - requests_before,
+        ),
+    ]);
+    running.stop().await?;
+    Ok((version, figures))
+}
+
+/// What the user sees, each since the join was asked for.
+async fn join(guest: &Client, resident: &Resident, kept: &Kept) -> anyhow::Result<Figures> {
+    let since = next_batch(&guest.sync(None).await?)?;
+    let since_host = next_batch(&resident.host.sync(None).await?)?;
+    let room = escaped(&kept.room);
+    let start = Instant::now();
+    let elapsed = || start.elapsed().as_secs_f64();
+
+    let synced = async {
+        let seen = |news: &Value| !news["rooms"]["join"][&kept.room].is_null();
+        guest.sync_until(since, seen).await?;
+        anyhow::Ok(elapsed())
+    };
+    let heard = async {
+        let seen = |news: &Value| has_message(&news["rooms"]["join"][&kept.room]);
+        resident.host.sync_until(since_host, seen).await?;
+        anyhow::Ok(elapsed())
+    };
+    let joined = async {
+        let via = escaped(&resident.server.name);
+        let path = format!("join/{room}?server_name={via}&via={via}");
+        guest.post(&path, json!({})).await?;
+        let joined = elapsed();
+        let path = format!("rooms/{room}/send/m.room.message/1");
+        let message = json!({ "msgtype": "m.text", "body": "Hello" });
+        let said = async {
+            guest.put(&path, message).await?;
+            anyhow::Ok(elapsed())
+        };
+        let members = async {
+            let members = guest.get_raw(&format!("rooms/{room}/members")).await?;
+            anyhow::Ok((elapsed(), members))
+        };
+        let (said, (full, members)) = tokio::try_join!(said, members)?;
+        anyhow::Ok((joined, said, full, members))
+    };
+    let (synced, heard, (joined, said, full, members)) = tokio::try_join!(synced, heard, joined)?;
+    let found = count_joined(&serde_json::from_slice(&members)?);
+    let expected = kept.members + 1;
+    ensure!(found == expected, "{found} members instead of {expected}");
+    Ok(vec![
+        ("join answered", Unit::Seconds, joined),
+        ("room in the first lazy sync", Unit::Seconds, synced),
+        ("message accepted", Unit::Seconds, said),
+        ("message received by the resident", Unit::Seconds, heard),
+        (FULL, Unit::Seconds, full),
+    ])
+}
+
+fn has_message(room: &Value) -> bool {
+    let events = room["timeline"]["events"].as_array();
+    events.is_some_and(|events| events.iter().any(|event| event["type"] == "m.room.message"))
+}
+
+fn count_joined(members: &Value) -> usize {
+    let events = members["chunk"].as_array().map_or(&[][..], Vec::as_slice);
+    let joined = |event: &&Value| event["content"]["membership"] == "join";
+    events.iter().filter(joined).count()
+}
