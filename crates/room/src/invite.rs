@@ -217,6 +217,10 @@ struct Placing {
 impl Decide for Placing {
     type Outcome = Result<Sent, Unsent>;
 
+    fn wants_proof(outcome: &Self::Outcome) -> bool {
+        outcome.is_err()
+    }
+
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
         let pdu = &self.pdu;
         let (head, hosts) = both(facts.head(), facts.hosts())?;
@@ -325,8 +329,7 @@ impl TakeInvite {
                 .insert("room_version".to_owned(), named.into());
             return Err(refusal);
         };
-        let pdu = Pdu::parse(&invite.event, version)
-            .map_err(|error| Refusal::bad_json(error.to_string()))?;
+        let pdu = Pdu::parse(&invite.event, version).map_err(|error| Refusal::bad_event(&error))?;
         let wrong = |what: &str| Err(Refusal::invalid_param(format!("wrong {what}")));
         if pdu.room_id != invite.room {
             return wrong("room_id");
@@ -482,6 +485,10 @@ struct StoreInvite {
 
 impl Decide for StoreInvite {
     type Outcome = Result<Arc<Pdu>, Refusal>;
+
+    fn wants_proof(outcome: &Self::Outcome) -> bool {
+        outcome.is_err()
+    }
 
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
         let user = self.pdu.state_key.as_deref().map(UserId::parse);

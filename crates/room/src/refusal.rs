@@ -2,6 +2,7 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/#standard-error-response>
 
+use protocol::pdu::PduError;
 use protocol::room_version::RoomVersion;
 use serde_json::{Map, Value};
 
@@ -36,6 +37,14 @@ impl Refusal {
 
     pub fn bad_json(message: impl Into<String>) -> Self {
         Self::new(400, "M_BAD_JSON", message)
+    }
+
+    /// What cannot be an event of its room version.
+    pub fn bad_event(error: &PduError) -> Self {
+        match error {
+            PduError::TooLarge => Self::new(413, "M_TOO_LARGE", "the event is too large"),
+            error => Self::bad_json(error.to_string()),
+        }
     }
 
     pub fn missing_param(message: impl Into<String>) -> Self {

@@ -128,6 +128,10 @@ struct Making {
 impl Decide for Making {
     type Outcome = Result<Made, Unserved>;
 
+    fn wants_proof(outcome: &Self::Outcome) -> bool {
+        outcome.is_err()
+    }
+
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
         Ok(Decision::Done(self.make(facts)?))
     }
@@ -402,7 +406,7 @@ impl Accept {
     fn parse(&self, version: RoomVersion) -> Result<Pdu, Refusal> {
         let pdu = Pdu::parse(&self.request.event, version)
             .and_then(|pdu| format::check_limits(&pdu).map(|()| pdu))
-            .map_err(|error| Refusal::bad_json(error.to_string()))?;
+            .map_err(|error| Refusal::bad_event(&error))?;
         if pdu.event_id.as_str() != self.request.event_id {
             return Err(Refusal::bad_json("the event id is not that of the path"));
         }
@@ -504,6 +508,10 @@ struct Accepting {
 
 impl Decide for Accepting {
     type Outcome = Result<Accepted, Unserved>;
+
+    fn wants_proof(outcome: &Self::Outcome) -> bool {
+        outcome.is_err()
+    }
 
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
         let (head, hosts) = both(facts.head(), facts.hosts())?;

@@ -231,6 +231,10 @@ pub(crate) fn compose(
 impl Decide for Sending {
     type Outcome = Result<Sent, Unsent>;
 
+    fn wants_proof(outcome: &Self::Outcome) -> bool {
+        outcome.is_err()
+    }
+
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
         let (head, hosts) = both(facts.head(), facts.hosts())?;
         let mut progress = match self.begin(facts, head, hosts) {
@@ -446,12 +450,7 @@ impl Sending {
             extra: Map::new(),
         }
         .sign(&self.own.key, &self.own.name, version)
-        .map_err(|error| match error {
-            protocol::pdu::PduError::TooLarge => {
-                Refusal::new(413, "M_TOO_LARGE", "the event is too large")
-            }
-            error => Refusal::bad_json(error.to_string()),
-        })
+        .map_err(|error| Refusal::bad_event(&error))
     }
 }
 

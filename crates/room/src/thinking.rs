@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::effect::{Effect, Input, Machine, Now, Tell, Ticket};
+use crate::effect::{Effect, Input, Load, Loaded, Machine, Now, Tell, Ticket};
 use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
 use crate::write::WriteSet;
@@ -12,7 +12,14 @@ pub(crate) trait Decide {
     type Outcome;
 
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>>;
+
+    /// Whether this outcome may come from facts that were loaded before and after another commit. What is
+    /// committed is guarded by the room's revision; what is refused is looked at again if that has changed.
+    fn wants_proof(outcome: &Self::Outcome) -> bool;
 }
+
+/// A room that changes all the time is refused in the end.
+const PROOFS_MAX: u32 = 5;
 
 pub(crate) enum Decision<O> {
     Done(O),
@@ -28,6 +35,9 @@ pub(crate) struct Thinking<D: Decide> {
     decider: D,
     facts: Facts,
     committing: Option<(Ticket, D::Outcome, Vec<Tell>)>,
+    /// The revision that this outcome was decided on is being looked up again.
+    proving: Option<(Ticket, u64, D::Outcome)>,
+    proofs: u32,
     outcome: Option<D::Outcome>,
 }
 
@@ -38,6 +48,8 @@ impl<D: Decide> Thinking<D> {
             decider,
             facts,
             committing: None,
+            proving: None,
+            proofs: 0,
             outcome: None,
         };
         this.think(out);
@@ -47,7 +59,7 @@ impl<D: Decide> Thinking<D> {
     fn think(&mut self, out: &mut Outbox) {
         match self.decider.decide(&mut self.facts) {
             Err(lacking) => self.facts.request(lacking, out),
-            Ok(Decision::Done(outcome)) => self.outcome = Some(outcome),
+            Ok(Decision::Done(outcome)) => self.conclude(outcome, out),
             Ok(Decision::Commit {
                 writes,
                 outcome,
@@ -59,10 +71,42 @@ impl<D: Decide> Thinking<D> {
         }
     }
 
+    fn conclude(&mut self, outcome: D::Outcome, out: &mut Outbox) {
+        let head = self.facts.head().ok().flatten();
+        match head.filter(|_| D::wants_proof(&outcome) && self.proofs < PROOFS_MAX) {
+            Some(head) => {
+                self.proofs += 1;
+                let ticket = out.load(&self.facts.room, Load::Head);
+                self.proving = Some((ticket, head.revision, outcome));
+            }
+            None => self.outcome = Some(outcome),
+        }
+    }
+
+    fn on_proof(&mut self, (revision, outcome): (u64, D::Outcome), head: Loaded, out: &mut Outbox) {
+        match head {
+            Loaded::Head(Some(head)) if head.revision != revision => {
+                self.facts.forget();
+                self.think(out);
+            }
+            _ => self.outcome = Some(outcome),
+        }
+    }
+
     pub fn handle(&mut self, input: Input, out: &mut Outbox) {
+        let input = match (self.proving.take(), input) {
+            (Some((t, revision, outcome)), Input::Loaded { ticket, loaded }) if t == ticket => {
+                return self.on_proof((revision, outcome), loaded, out);
+            }
+            (proving, input) => {
+                self.proving = proving;
+                input
+            }
+        };
         match (self.committing.take(), input) {
             (None, Input::Loaded { ticket, loaded }) => {
-                if self.outcome.is_none() && self.facts.hear(ticket, loaded) {
+                let open = self.outcome.is_none() && self.proving.is_none();
+                if open && self.facts.hear(ticket, loaded) {
                     self.think(out);
                 }
             }
