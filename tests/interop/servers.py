@@ -16,13 +16,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import requests
 from client import PATIENCE, Client, wait_until
 from proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
+CROWD_TOKEN = "crowd-token"
 SHARED_SECRET = "interop"
 START_LIMIT = 60  # seconds
 _fresh = itertools.count(1)
@@ -241,6 +244,7 @@ class Vestibule(Server):
                 "extra_ca": str(self.certificates.ca),
             },
             "registration": {"mode": "closed", "shared_secret": SHARED_SECRET},
+            "appservices": {"files": [f"{self.directory}/crowd.json"]},
             "limits": {"enabled": False},
             "log": {"level": os.environ.get("VESTIBULE_LOG", "info")},
         }
@@ -250,10 +254,34 @@ class Vestibule(Server):
             # JSON's strings, arrays and booleans are TOML's.
             lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         (self.directory / "vestibule.toml").write_text("\n".join(lines) + "\n")
+        crowd = {
+            "id": "crowd",
+            "url": None,
+            "as_token": CROWD_TOKEN,
+            "hs_token": "unused",
+            "sender_localpart": "crowd",
+            "namespaces": {"users": [{"exclusive": True, "regex": "@crowd-.*"}]},
+        }
+        # JSON is YAML.
+        (self.directory / "crowd.json").write_text(json.dumps(crowd))
         self.admin = None
 
     def command(self):
         return [str(self.binary), "serve", "--config", str(self.directory / "vestibule.toml")]
+
+    def crowd(self, room_id, count):
+        """Users of an application service join a room, which takes no passwords and no devices."""
+        client = Client(self.base_url, f"@crowd:{self.name}", CROWD_TOKEN, None)
+
+        def join(n):
+            localpart = f"crowd-{n}"
+            kind = {"type": "m.login.application_service", "username": localpart}
+            client.post("/register", kind)
+            member = {"user_id": f"@{localpart}:{self.name}"}
+            client.post(f"/rooms/{quote(room_id)}/join", query=member)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(join, range(count)))
 
     def joins(self):
         if self.admin is None:

@@ -41,6 +41,17 @@ def test_by_invite(synapse, ours, version):
     join_and_check(synapse, ours, bob, room_id, join)
 
 
+def test_a_thousand_members(synapse, ours):
+    """One commit, one answer and one resync of some size; then both agree, event for event."""
+    bob = ours.user("bob")
+    room_id = bob.create_room("11", name="Crowd")
+    ours.crowd(room_id, 999)
+    join_and_check(
+        synapse, ours, bob, room_id, lambda dora: dora.join(room_id, via=[ours.name])
+    )
+    assert list(bob.members(room_id).values()).count("join") == 1001
+
+
 def test_leave_and_rejoin(synapse, ours, version):
     bob, room_id = populated_room(ours, version)
     dora = synapse.user("dora")
