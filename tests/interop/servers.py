@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import requests
-from client import PATIENCE, Client, wait_until
+from client import PATIENCE, Client, MatrixError, wait_until
 from proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +87,10 @@ class Server:
             raise
 
     def start(self):
+        self.spawn()
+        self.wait_until_it_answers()
+
+    def spawn(self):
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -97,6 +101,7 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the tests, which then end the servers
             )
 
+    def wait_until_it_answers(self):
         def answers():
             if self.process.poll() is not None:
                 tail = self.log_path.read_text(errors="replace")[-3000:]
@@ -221,7 +226,21 @@ class Synapse(Server):
             return database.execute(query, (room_id,)).fetchone() is not None
 
 
+def new_postgres_database():
+    """The URL of an empty database of the PostgreSQL that `./dev` has started."""
+    url = os.environ["VESTIBULE_TEST_POSTGRES"]
+    name = f"crash_{os.getpid()}_{next(_fresh)}"
+    # Debian keeps it out of PATH in some versions.
+    psql = ["psql", *sorted(Path("/usr/lib/postgresql").glob("*/bin/psql"))][-1]
+    subprocess.run([str(psql), "-q", "-c", f"CREATE DATABASE {name}", url], check=True)
+    return url.rpartition("/")[0] + "/" + name
+
+
 class Vestibule(Server):
+    def __init__(self, directory, certificates, database=None):
+        self.database = database or f"sqlite:{directory}/vestibule.db"
+        super().__init__(directory, certificates)
+
     def configure(self):
         binary = os.environ.get("VESTIBULE_BINARY") or ROOT / "target/debug/vestibule"
         self.binary = Path(binary).resolve()
@@ -232,7 +251,7 @@ class Vestibule(Server):
                 "public_base_url": self.base_url,
                 "signing_key_path": f"{self.directory}/signing.key",
             },
-            "database": {"url": f"sqlite:{self.directory}/vestibule.db"},
+            "database": {"url": self.database},
             "media": {"path": f"{self.directory}/media"},
             "client": {"listen": [f"127.0.0.1:{self.client_port}"]},
             "federation": {
@@ -276,7 +295,8 @@ class Vestibule(Server):
         def join(n):
             localpart = f"crowd-{n}"
             kind = {"type": "m.login.application_service", "username": localpart}
-            client.post("/register", kind)
+            with contextlib.suppress(MatrixError):  # already there
+                client.post("/register", kind)
             member = {"user_id": f"@{localpart}:{self.name}"}
             client.post(f"/rooms/{quote(room_id)}/join", query=member)
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use protocol::id::{RoomId, ServerName, UserId};
 use room::effect::Step;
 use serde_json::{Value, json};
-use storage::Sequence;
 use storage::queues::{self, Job};
+use storage::{Conn, Sequence, sync_reads, timeline};
 use tokio::sync::broadcast;
 
 use crate::Homeserver;
@@ -21,6 +21,8 @@ use crate::notifier::Topic;
 
 /// Progress lines that a slow listener may lag behind before it loses some.
 const FEED_MAX: usize = 256;
+/// Jobs that can be under way.
+const OPEN_MAX: i64 = 10_000;
 /// Tries of one job that are shown.
 const ATTEMPTS_SHOWN: i64 = 50;
 
@@ -92,15 +94,31 @@ impl Jobs<'_> {
         Ok(number)
     }
 
-    /// At boot: the jobs that go on.
+    /// At boot: the jobs that go on. Those that ended in the moment of the stop are recorded as ended.
     pub(crate) async fn resume(&self) -> storage::Result<()> {
-        let jobs = self
+        let now = self.hs.clock().unix_ms();
+        let open = self
             .hs
             .store()
-            .read(|c| queues::jobs(c, true, 10_000))
+            .write(move |c| {
+                let mut open = Vec::new();
+                let intended: Vec<i64> = queues::intents(c)?.iter().map(|i| i.job).collect();
+                for mut job in queues::jobs(c, true, OPEN_MAX)? {
+                    if !intended.contains(&job.number)
+                        && let Some(state) = ended(c, &job)?
+                    {
+                        job.state = state.to_owned();
+                        job.finished_ms = Some(now);
+                        queues::update_job(c, &job)?;
+                    } else {
+                        open.push(job);
+                    }
+                }
+                Ok(open)
+            })
             .await?;
         self.lock()
-            .extend(jobs.into_iter().map(|job| (job.number, job)));
+            .extend(open.into_iter().map(|job| (job.number, job)));
         Ok(())
     }
 
@@ -336,6 +354,18 @@ impl Jobs<'_> {
             });
         }
     }
+}
+
+/// What became of a join that nothing is on its way for: `None` when its room is being completed.
+fn ended(c: &mut dyn Conn, job: &Job) -> storage::Result<Option<&'static str>> {
+    if timeline::is_partial(c, &job.room_id)? {
+        return Ok(None);
+    }
+    let joined = match &job.user_id {
+        Some(user) => sync_reads::is_joined(c, &job.room_id, user)?,
+        None => false,
+    };
+    Ok(Some(if joined { "full" } else { "cancelled" }))
 }
 
 fn is_usable(job: &Job) -> bool {
