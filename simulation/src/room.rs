@@ -1089,7 +1089,7 @@ impl World {
         }
         in_room.retain(|name| {
             let n = self.number(name);
-            !n.is_some_and(|n| self.said_farewell(reference, n))
+            !n.is_some_and(|n| self.said_farewell(reference, n) || self.was_put_out(reference, n))
         });
         for name in &in_room {
             let n = self.number(name).ok_or("a member of no server")?;
@@ -1135,6 +1135,29 @@ impl World {
                 row.pdu.membership() == Some("leave") && row.pdu.sender.server_name() == *name
             });
             left.is_some_and(|row| other.row(&row.pdu.event_id).is_none())
+        })
+    }
+
+    /// Whether all of a server's users that the other one has in the room were put out by somebody, which the
+    /// other one's resolution has undone since. A server without users in a room takes nothing of it (P-24),
+    /// so it cannot know; its users find out when they join again.
+    fn was_put_out(&self, other: &crate::store::Room, n: usize) -> bool {
+        let name = &self.servers[n].own.name;
+        let Some(here) = self.servers[n].store.room(&self.room) else {
+            return false;
+        };
+        if !self.joined_here(n).is_empty() {
+            return false;
+        }
+        let (state, joined) = (here.state(), other.joined());
+        let mut ghosts = joined.iter().filter(|user| user.server_name() == *name);
+        ghosts.all(|user| {
+            let member = state.get(&("m.room.member".to_owned(), user.to_string()));
+            let row = member.and_then(|id| here.row(id));
+            row.is_some_and(|row| {
+                let put_out = matches!(row.pdu.membership(), Some("leave" | "ban"));
+                put_out && row.pdu.sender != *user && other.row(&row.pdu.event_id).is_some()
+            })
         })
     }
 
