@@ -247,9 +247,8 @@ impl Room {
         chain.into_values().collect()
     }
 
-    /// What a resident answers to make_join and make_knock.
-    pub fn template(&self, user: &UserId, membership: &str) -> Value {
-        let content = json!({ "membership": membership });
+    /// What a resident answers to make_join and make_leave.
+    pub fn template(&self, user: &UserId, content: Value) -> Value {
         let dag = self.dag.lock().unwrap();
         let wanted = auth_types(
             VERSION,

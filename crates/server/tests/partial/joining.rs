@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::dag::member;
 use crate::resident::Gate;
 use crate::world::{Begun, Stage, User};
 
@@ -88,4 +89,51 @@ async fn s_35_a_join_that_a_restart_cuts_off_is_taken_up_with_the_same_event() {
     assert_eq!(stage.room.member(&alice.id).event_id, join.event_id);
     state.open();
     stage.end(&alice).await;
+}
+
+#[tokio::test]
+async fn s_35_a_join_that_is_refused_after_a_restart_leaves_nothing() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let bob = stage.here.register("bob").await;
+    let gate = Gate::new(false);
+    stage.resident.hold_send_join(&gate);
+    begin(&stage, &alice);
+    stage.resident.asked("send_join").await;
+    stage.resident.refuse_join(&alice.id);
+    stage.here.restart().await;
+    stage.resident.asked("send_join").await;
+    gate.open();
+    // It was never in the room, for all we know; another join is a first one.
+    stage.join(&bob).await;
+    assert_eq!(rooms_of(&alice).await, 0);
+    bob.lazy().until_joined(&stage.room).await;
+    stage.end(&bob).await;
+}
+
+#[tokio::test]
+async fn o_48_an_administrator_names_a_server_to_join_through() {
+    let mut stage = Stage::set().await;
+    let second = stage.second();
+    let elsie = second.user("elsie");
+    stage.room.send(&second, member(&elsie, &elsie, "join"));
+    let state = Gate::new(true);
+    second.serve_state(&stage.room, &state);
+    let root = stage.here.administrator("root").await;
+    let alice = stage.here.register("alice").await;
+    let never = Gate::new(false);
+    stage.resident.hold_make_join(&never);
+    let joining = begin(&stage, &alice);
+    stage.resident.asked("make_join").await;
+
+    let joins = root.get("/_vestibule/admin/v1/joins").await;
+    let path = format!(
+        "/_vestibule/admin/v1/joins/{}/server",
+        joins["joins"][0]["id"]
+    );
+    root.post(&path, json!({ "server": second.name })).await;
+    joining.answer().await;
+    second.asked("send_join").await;
+    stage.end(&alice).await;
+    second.leave_of(&alice.id).await;
 }

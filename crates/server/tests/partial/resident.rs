@@ -46,10 +46,14 @@ struct Script {
     devices: bool,
     /// `servers_in_room` names nobody else.
     alone: bool,
-    /// Every `/state_ids` gets this status and body.
-    state_ids: Option<(u16, Value)>,
+    /// Every `/state_ids` gets this status and body, once the gate is open.
+    state_ids: Option<(u16, Value, Gate)>,
     make_join: Option<Gate>,
     send_join: Option<Gate>,
+    /// Joins are let in by charlie, who is named in them; the joining server has the room already, so it is
+    /// given all of it.
+    authorises: bool,
+    banned: Option<String>,
 }
 
 struct ServedState {
@@ -208,8 +212,8 @@ impl Resident {
         self.script.lock().unwrap().alone = true;
     }
 
-    pub fn answer_state_ids(&self, status: u16, body: Value) {
-        self.script.lock().unwrap().state_ids = Some((status, body));
+    pub fn answer_state_ids(&self, status: u16, body: Value, gate: &Gate) {
+        self.script.lock().unwrap().state_ids = Some((status, body, gate.clone()));
     }
 
     pub fn serve_state_ids_again(&self) {
@@ -223,6 +227,16 @@ impl Resident {
     /// Holds back the answer; the join is taken at once.
     pub fn hold_send_join(&self, gate: &Gate) {
         self.script.lock().unwrap().send_join = Some(gate.clone());
+    }
+
+    /// From here on joins stand on a word of charlie's, and are answered in full.
+    pub fn authorise_joins(&self) {
+        self.script.lock().unwrap().authorises = true;
+    }
+
+    /// Lets this user in no more, by send_join at least.
+    pub fn refuse_join(&self, user: &str) {
+        self.script.lock().unwrap().banned = Some(user.to_owned());
     }
 
     // -- What was heard --------------------------------------------------------------------------
@@ -448,7 +462,11 @@ async fn make_join(State(here): Here, Path((room, user)): Path<(String, String)>
         gate.pass().await;
     }
     let user = UserId::parse(&user).unwrap();
-    let event = here.room(&room)?.template(&user, "join");
+    let mut content = json!({ "membership": "join" });
+    if here.script.lock().unwrap().authorises {
+        content["join_authorised_via_users_server"] = here.user("charlie").into();
+    }
+    let event = here.room(&room)?.template(&user, content);
     Ok(Json(
         json!({ "room_version": VERSION.as_str(), "event": event }),
     ))
@@ -457,7 +475,9 @@ async fn make_join(State(here): Here, Path((room, user)): Path<(String, String)>
 async fn make_leave(State(here): Here, Path((room, user)): Path<(String, String)>) -> Reply {
     here.note(format!("make_leave {user}"));
     let user = UserId::parse(&user).unwrap();
-    let event = here.room(&room)?.template(&user, "leave");
+    let event = here
+        .room(&room)?
+        .template(&user, json!({ "membership": "leave" }));
     Ok(Json(
         json!({ "room_version": VERSION.as_str(), "event": event }),
     ))
@@ -486,22 +506,28 @@ async fn send_join(
     Query(omit): Query<Omit>,
     body: String,
 ) -> Reply {
-    if omit.omit_members.as_deref() != Some("true") {
-        return Err(here.fault(format!("a send_join for all members of {room}")));
+    let (alone, authorises, gate, banned) = {
+        let script = here.script.lock().unwrap();
+        let gate = script.send_join.clone();
+        (script.alone, script.authorises, gate, script.banned.clone())
+    };
+    let omitted = omit.omit_members.as_deref() == Some("true");
+    if omitted == authorises {
+        return Err(here.fault(format!("a send_join with members omitted: {omitted}")));
     }
     here.note("send_join".to_owned());
     let room = here.room(&room)?;
-    let join = Arc::new(Pdu::parse(&body, VERSION).unwrap());
-    let state: Vec<Arc<Pdu>> = room
-        .all_state()
-        .into_iter()
-        .filter(|pdu| &*pdu.kind != "m.room.member")
-        .collect();
+    let mut join = Pdu::parse(&body, VERSION).unwrap();
+    if banned.is_some_and(|banned| banned == join.sender.as_str()) {
+        return Err(refusal(StatusCode::FORBIDDEN, "M_FORBIDDEN", "banned"));
+    }
+    if authorises {
+        join = protocol::build::cosign(&join, &here.key, &here.name).unwrap();
+    }
+    let join = Arc::new(join);
+    let mut state = room.all_state();
+    state.retain(|pdu| !omitted || &*pdu.kind != "m.room.member");
     let auth_chain = room.auth_chain(&state);
-    let (alone, gate) = {
-        let script = here.script.lock().unwrap();
-        (script.alone, script.send_join.clone())
-    };
     let servers = match alone {
         true => [here.name.clone()].into(),
         false => room.servers(),
@@ -510,12 +536,16 @@ async fn send_join(
     if let Some(gate) = gate {
         gate.pass().await;
     }
-    Ok(Json(json!({
+    let mut answer = json!({
         "state": bodies(&state),
         "auth_chain": bodies(&auth_chain),
-        "members_omitted": true,
+        "members_omitted": omitted,
         "servers_in_room": servers,
-    })))
+    });
+    if authorises {
+        answer["event"] = bodies(&[join]).remove(0);
+    }
+    Ok(Json(answer))
 }
 
 fn bodies(pdus: &[Arc<Pdu>]) -> Vec<Value> {
@@ -560,7 +590,8 @@ struct At {
 async fn state_ids(State(here): Here, Path(room): Path<String>, Query(at): Query<At>) -> Reply {
     here.note(format!("state_ids {}", at.event_id));
     let scripted = here.script.lock().unwrap().state_ids.clone();
-    if let Some((status, body)) = scripted {
+    if let Some((status, body, gate)) = scripted {
+        gate.pass().await;
         let status = StatusCode::from_u16(status).unwrap();
         return Err((status, Json(body)));
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::dag::{member, message};
+use crate::dag::{member, message, state};
 use crate::resident::{Gate, Resident};
 use crate::world::{Server, Stage, User, joined};
 
@@ -40,7 +40,7 @@ async fn t_21_another_server_of_the_room_gives_the_state() {
 
     // The room is joined by a server that has no state to give.
     let gate = Gate::new(false);
-    resident.serve_state_at(&room.tip(), Vec::new(), &gate);
+    resident.answer_state_ids(200, json!({}), &gate);
     charlie.join(room.id.as_str(), &resident.name).await;
     let join = room.member(&charlie.id);
     resident.send(&first.name, &[&join], &[]).await;
@@ -51,7 +51,7 @@ async fn t_21_another_server_of_the_room_gives_the_state() {
 
     gate.open();
     eager.until_joined(&room).await;
-    // S-21: nothing else is asked of it.
+    // S-21: it is asked for no state after that.
     assert_eq!(resident.take_asked("state"), 0);
     resident.assert_quiet();
 }
@@ -68,7 +68,8 @@ async fn job(root: &User, stage: &Stage) -> String {
 async fn refused_by_all(stage: &Stage) -> User {
     let alice = stage.here.register("alice").await;
     let not_seen = json!({ "errcode": "M_FORBIDDEN", "error": "you are not in the room" });
-    stage.resident.answer_state_ids(403, not_seen);
+    let at_once = Gate::new(true);
+    stage.resident.answer_state_ids(403, not_seen, &at_once);
     stage.join(&alice).await;
     stage.release();
     stage.resident.asked("state_ids").await;
@@ -182,6 +183,39 @@ async fn s_37_a_full_room_stays_full_when_another_joins() {
     let members = format!("/rooms/{}/joined_members", stage.room.id);
     let members = bob.get(&members).await;
     assert_eq!(members["joined"].as_object().unwrap().len(), 4);
+    bob.leave(stage.room.id.as_str()).await;
+    stage.resident.leave_of(&bob.id).await;
+    stage.end(&alice).await;
+}
+
+#[tokio::test]
+async fn s_37_a_full_room_stays_full_when_another_server_lets_somebody_in() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let bob = stage.here.register("bob").await;
+    let club = bob.public_room().await;
+    // The members of a club may come in, where charlie says so: alice may not invite.
+    let charlie = stage.resident.user("charlie");
+    let levels = json!({ "users": { charlie.as_str(): 100 }, "invite": 50 });
+    stage.send(state(&charlie, "m.room.power_levels", "", levels));
+    stage.join(&alice).await;
+    stage.release();
+    stage.until_full(&alice).await;
+    let allow = json!([{ "type": "m.room_membership", "room_id": club }]);
+    let rules = json!({ "join_rule": "restricted", "allow": allow });
+    let rules = stage.send(state(&charlie, "m.room.join_rules", "", rules));
+    stage.tell(&[&rules]).await;
+    assert_eq!(stage.resident.take_asked("send_join"), 1);
+
+    // J-45: all members are asked for, as we have them, and the room is not partial again.
+    stage.resident.authorise_joins();
+    bob.join(stage.room.id.as_str(), &stage.resident.name).await;
+    assert_eq!(stage.resident.take_asked("send_join"), 1);
+    let sync = bob.eager().now().await;
+    assert!(joined(&sync, &stage.room).is_some());
+    assert_eq!(stage.resident.take_asked("state_ids"), 1);
+    let devices = stage.resident.edu("m.device_list_update").await;
+    assert_eq!(devices["user_id"], *bob.id);
     bob.leave(stage.room.id.as_str()).await;
     stage.resident.leave_of(&bob.id).await;
     stage.end(&alice).await;

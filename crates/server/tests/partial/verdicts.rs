@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::dag::{member, message, state};
+use crate::resident::Gate;
 use crate::world::Stage;
 
 #[tokio::test]
@@ -126,5 +127,52 @@ async fn s_18_what_stands_on_a_wrong_verdict_is_judged_again() {
     for bad in [&invite, &entered, &words] {
         assert!(!alice.can_see(bad).await, "{}", bad.json);
     }
+    stage.end(&alice).await;
+}
+
+#[tokio::test]
+async fn s_18_an_event_with_full_state_that_stands_on_a_wrong_verdict_is_judged_again() {
+    let stage = Stage::empty(&[("derek", 100)], |_| ()).await;
+    let alice = stage.here.register("alice").await;
+    let mut lazy = alice.lazy();
+    lazy.now().await;
+    let (charlie, derek) = (stage.resident.user("charlie"), stage.resident.user("derek"));
+    stage.resident.serve_event_auth();
+    let derek_was_in = stage.send(member(&derek, &derek, "join"));
+    stage.send(member(&derek, &derek, "leave"));
+    stage.join(&alice).await;
+
+    // Derek, who is out, sets the levels, and we believe it.
+    let room = &stage.room;
+    let create = room.state("m.room.create", "");
+    let levels = room.state("m.room.power_levels", "");
+    let users = json!({ "users": { charlie.as_str(): 100, derek.as_str(): 100 }, "kick": 60 });
+    let set = state(&derek, "m.room.power_levels", "", users);
+    let set = set.standing_on(&[&create, &levels, &derek_was_in]);
+    let set = room.send_forbidden(&stage.resident, set);
+    stage.tell(&[&set]).await;
+    lazy.until_event(&set).await;
+
+    // An event that names his, after one that is not heard of: its state is fetched whole (P-5).
+    let unheard = stage.send(message(&charlie, "unheard"));
+    let member_of_charlie = room.member(&charlie);
+    let words = message(&charlie, "words");
+    let words = words.standing_on(&[&create, &set, &member_of_charlie]);
+    let words = room.send_forbidden(&stage.resident, words);
+    let event = stage.send(message(&charlie, "hello"));
+    stage.resident.serve_gap(&event, &[&words]);
+    let all = room.all_state();
+    stage
+        .resident
+        .serve_state_at(&unheard, all, &Gate::new(true));
+    stage.tell(&[&event]).await;
+    lazy.until_event(&event).await;
+    assert!(alice.can_see(&words).await);
+
+    stage.release();
+    stage.until_full(&alice).await;
+    assert!(!alice.can_see(&set).await);
+    assert!(!alice.can_see(&words).await);
+    assert!(alice.can_see(&event).await);
     stage.end(&alice).await;
 }
