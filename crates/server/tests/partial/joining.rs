@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::dag::member;
 use crate::resident::Gate;
-use crate::world::{Begun, Stage, User};
+use crate::world::{Begun, Stage, User, until};
 
 /// Alice begins to join, and the resident holds an answer back.
 fn begin(stage: &Stage, alice: &User) -> Begun {
@@ -17,7 +17,7 @@ async fn cancel(root: &User) {
     let joins = root.get("/_vestibule/admin/v1/joins").await;
     let path = format!("/_vestibule/admin/v1/joins/{}", joins["joins"][0]["id"]);
     root.delete(&path).await;
-    crate::world::until("the end of the join", async || {
+    until("the end of the join", async || {
         let job = root.get(&path).await;
         (!job["finished_ts"].is_null()).then_some(())
     })
@@ -63,6 +63,7 @@ async fn a_join_that_is_taken_back_after_it_was_sent_is_followed_by_a_leave() {
     gate.open();
     assert_eq!(rooms_of(&alice).await, 0);
     // The resident holds her as a member until the debt is paid.
+    stage.resident.serve_leaves();
     let leave = stage.resident.leave_of(&alice.id).await;
     assert_eq!(leave.sender.as_str(), alice.id);
     stage.resident.asked("make_leave").await;

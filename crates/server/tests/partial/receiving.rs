@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::dag::{message, state};
 use crate::resident::Gate;
-use crate::world::{Stage, joined, list};
+use crate::world::{Stage, joined, list, until};
 
 /// What of the room's ephemeral events is of this kind.
 fn ephemeral(sync: &Value, stage: &Stage, kind: &str) -> Option<Value> {
@@ -227,7 +227,7 @@ async fn t_23_the_resync_ends_where_events_came_before_those_they_follow() {
         stage.tell(&half.iter().collect::<Vec<_>>()).await;
     }
     for event in outliers.iter().step_by(10).chain([newest]) {
-        crate::world::until("an outlier in the timeline", async || {
+        until("an outlier in the timeline", async || {
             alice.can_see(event).await.then_some(())
         })
         .await;

@@ -44,6 +44,7 @@ struct Script {
     event_auth: bool,
     gap: Option<(EventId, Vec<Arc<Pdu>>)>,
     devices: bool,
+    leaves: bool,
     /// `servers_in_room` names nobody else.
     alone: bool,
     /// Every `/state_ids` gets this status and body, once the gate is open.
@@ -206,6 +207,11 @@ impl Resident {
     /// Serves devices of anybody, and counts who asks.
     pub fn serve_devices(&self) {
         self.script.lock().unwrap().devices = true;
+    }
+
+    /// Serves the handshake of a leave, which only a debt is paid by.
+    pub fn serve_leaves(&self) {
+        self.script.lock().unwrap().leaves = true;
     }
 
     pub fn claim_to_be_alone(&self) {
@@ -473,6 +479,9 @@ async fn make_join(State(here): Here, Path((room, user)): Path<(String, String)>
 }
 
 async fn make_leave(State(here): Here, Path((room, user)): Path<(String, String)>) -> Reply {
+    if !here.script.lock().unwrap().leaves {
+        return Err(here.fault(format!("make_leave {user}")));
+    }
     here.note(format!("make_leave {user}"));
     let user = UserId::parse(&user).unwrap();
     let event = here

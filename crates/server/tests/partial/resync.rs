@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::dag::{member, message, state};
 use crate::resident::{Gate, Resident};
-use crate::world::{Server, Stage, User, joined};
+use crate::world::{Server, Stage, User, joined, until};
 
 #[tokio::test]
 async fn t_20_the_resync_goes_on_after_a_restart() {
@@ -82,7 +82,7 @@ async fn s_22_a_resync_that_all_refuse_is_made_again_when_an_administrator_wishe
     let root = stage.here.administrator("root").await;
     let alice = refused_by_all(&stage).await;
     let job = job(&root, &stage).await;
-    crate::world::until("a failed round", async || {
+    until("a failed round", async || {
         let shown = root.get(&job).await;
         let reason = shown["last_error"].as_str()?;
         reason.contains("M_FORBIDDEN").then_some(())
