@@ -67,10 +67,21 @@ async fn t_54_a_leave_does_not_wait_for_the_resync() {
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
     lazy.until_joined(&stage.room).await;
-    alice.leave(stage.room.id.as_str()).await;
+    let room = &stage.room;
+    let mut auth = [
+        room.state("m.room.create", ""),
+        room.state("m.room.power_levels", ""),
+        room.member(&alice.id),
+    ]
+    .map(|pdu| pdu.event_id.clone());
+    alice.leave(room.id.as_str()).await;
     lazy.until_left(&stage.room).await;
-    stage.resident.leave_of(&alice.id).await;
-    // P-45: it is an event of ours like any other.
+    let leave = stage.resident.leave_of(&alice.id).await;
+    // P-45: it is an event of ours like any other, and stands on no join rules.
+    let mut names = leave.auth_events.clone();
+    names.sort_unstable();
+    auth.sort_unstable();
+    assert_eq!(names, auth);
     assert_eq!(stage.network.count("send_leave"), 0);
     stage.release();
     stage.until_full(&alice).await;

@@ -240,3 +240,33 @@ async fn s_28_a_second_join_is_taken_up_by_the_same_resync() {
     stage.resident.leave_of(&bob.id).await;
     stage.end(&alice).await;
 }
+
+#[tokio::test]
+async fn s_29_a_resync_that_all_refuse_is_given_up_when_nobody_is_left() {
+    let stage = Stage::set().await;
+    let root = stage.here.administrator("root").await;
+    let alice = stage.here.register("alice").await;
+    let gate = Gate::new(false);
+    let left = json!({ "errcode": "M_FORBIDDEN", "error": "you are not in the room" });
+    stage.resident.answer_state_ids(403, left, &gate);
+    stage.join(&alice).await;
+    stage.resident.asked("state_ids").await;
+    let job = job(&root, &stage).await;
+    alice.leave(stage.room.id.as_str()).await;
+    stage.resident.leave_of(&alice.id).await;
+    gate.open();
+    until("the end of the resync", async || {
+        let shown = root.get(&job).await;
+        (shown["state"] == "cancelled").then_some(())
+    })
+    .await;
+    // C-12: who has left is told the members that are known.
+    stage.until_full(&alice).await;
+
+    // A join after that is a first join again.
+    stage.resident.serve_state_ids_again();
+    let bob = stage.here.register("bob").await;
+    stage.join(&bob).await;
+    bob.lazy().until_joined(&stage.room).await;
+    stage.end(&bob).await;
+}

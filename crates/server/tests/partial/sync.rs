@@ -168,3 +168,40 @@ async fn t_22_a_gappy_sync_over_the_end_of_the_resync_has_the_member_who_speaks(
     assert!(members_in_state(room).contains(&*derek), "{room}");
     stage.end(&alice).await;
 }
+
+#[tokio::test]
+async fn p_31_an_eager_client_is_shown_a_room_that_becomes_full_as_a_new_one_and_once() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    stage.join(&alice).await;
+    let (charlie, derek) = (stage.resident.user("charlie"), stage.resident.user("derek"));
+    let mut eager = alice.eager();
+    eager.now().await;
+    let mut lazy = alice.lazy();
+    lazy.until_joined(&stage.room).await;
+    stage.release();
+    stage.until_full(&alice).await;
+
+    let again = eager.clone();
+    for mut device in [eager.clone(), again] {
+        let sync = device.now().await;
+        let room = joined(&sync, &stage.room).unwrap();
+        assert_eq!(room["timeline"]["limited"], true, "{room}");
+        let members = members_in_state(room);
+        assert!(
+            members.contains(&*charlie) && members.contains(&*derek),
+            "{room}"
+        );
+        let changed = list(&sync["device_lists"]["changed"]);
+        for user in [&charlie, &derek] {
+            assert!(changed.iter().any(|of| of == &**user), "{sync}");
+        }
+        assert!(joined(&device.now().await, &stage.room).is_none());
+    }
+    // O-56: a lazy client is told how many they are.
+    let sync = lazy.now().await;
+    let room = joined(&sync, &stage.room).unwrap();
+    assert_eq!(room["summary"]["m.joined_member_count"], 3);
+    assert!(list(&sync["device_lists"]["changed"]).is_empty());
+    stage.end(&alice).await;
+}

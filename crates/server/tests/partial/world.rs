@@ -118,11 +118,16 @@ impl Server {
 fn homeserver(network: &Arc<Network>, config: Config, store: Store) -> Homeserver {
     let wire = Wire {
         transport: network.clone(),
-        key: SigningKey::generate([9; 32], "1").unwrap(),
+        key: our_key(),
         old_keys: Vec::new(),
     };
     let clock = Arc::new(SystemClock::default());
     Homeserver::new(config, clock, store, Appservices::default(), wire)
+}
+
+/// What our server signs with.
+pub fn our_key() -> SigningKey {
+    SigningKey::generate([9; 32], "1").unwrap()
 }
 
 impl Door {
