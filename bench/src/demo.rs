@@ -7,7 +7,6 @@ use clap::builder::FalseyValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use protocol::room_version::RoomVersion;
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::{Client, answer, escaped, http};
 use crate::generated::{self, Shape};
@@ -29,22 +28,6 @@ pub struct Arguments {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    // The servers end with this process's answer, whichever way it goes.
-    tokio::select! {
-        outcome = show(&arguments) => outcome,
-        stopped = stop_asked() => stopped,
-    }
-}
-
-async fn stop_asked() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
-    }
-}
-
-async fn show(arguments: &Arguments) -> anyhow::Result<()> {
     let home = directory("demo")?;
     if home.exists() {
         std::fs::remove_dir_all(&home).with_context(|| format!("in {}", home.display()))?;

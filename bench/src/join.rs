@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, escaped, http, next_batch};
 use crate::contest::ContestArguments;
-use crate::resident::{Kept, Resident, ShapeArguments};
+use crate::resident::{Alone, Kept, Resident, ShapeArguments};
 use crate::servers::{Program, directory};
 use crate::table::{Figures, Row, Table, Unit};
 use crate::usage;
@@ -30,6 +30,7 @@ pub struct Arguments {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let _alone = Alone::get()?;
     if arguments.sweep {
         return sweep(&arguments).await;
     }

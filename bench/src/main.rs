@@ -15,6 +15,7 @@ mod usage;
 mod wire;
 
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Parser)]
 struct Arguments {
@@ -36,10 +37,26 @@ enum Bench {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    match Arguments::parse().bench {
+    // Servers end with this process's answer, whichever way it goes.
+    tokio::select! {
+        outcome = run(Arguments::parse().bench) => outcome,
+        stopped = stop_asked() => stopped,
+    }
+}
+
+async fn run(bench: Bench) -> anyhow::Result<()> {
+    match bench {
         Bench::Join(arguments) => join::run(arguments).await,
         Bench::Serve(arguments) => serve::run(arguments).await,
         Bench::State(arguments) => state::run(arguments).await,
         Bench::Demo(arguments) => demo::run(arguments).await,
+    }
+}
+
+async fn stop_asked() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
     }
 }

@@ -1,5 +1,6 @@
 //! The server that has the big room: made once for each shape, copied for each run.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -187,6 +188,19 @@ async fn make(home: &Path, shape: &Shape, port: u16) -> anyhow::Result<()> {
         home.display()
     );
     Ok(())
+}
+
+/// Held while a benchmark with servers runs: two at a time would use the same files, and measure each other.
+pub struct Alone(#[expect(dead_code, reason = "it is the lock that counts")] File);
+
+impl Alone {
+    pub fn get() -> anyhow::Result<Self> {
+        let home = directory("bench")?;
+        std::fs::create_dir_all(&home)?;
+        let lock = File::create(home.join("lock"))?;
+        lock.try_lock().context("another benchmark runs")?;
+        Ok(Self(lock))
+    }
 }
 
 /// An empty directory.

@@ -13,7 +13,7 @@ use crate::client::{Client, escaped, http};
 use crate::contest::ContestArguments;
 use crate::generated::{Signer, fake_server};
 use crate::join::conditions;
-use crate::resident::{Kept, ShapeArguments};
+use crate::resident::{Alone, Kept, ShapeArguments};
 use crate::servers::{Program, Running, Server, directory};
 use crate::table::{Figures, Table, Unit};
 use crate::usage;
@@ -94,6 +94,7 @@ const QUESTIONS: [Question; 5] = [
 ];
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let _alone = Alone::get()?;
     let kept = Kept::get(&arguments.shape.shape()).await?;
     println!("{}", kept.describe());
     let (mut versions, mut servers) = (Vec::new(), Vec::new());
