@@ -26,6 +26,8 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 const FETCHES_MAX: usize = 64;
 /// A notary is asked for those that have not answered by then.
 const NOTARY_AFTER: Duration = Duration::from_secs(3);
+/// Servers that we ask on behalf of one question to us; of the others it is told what is known. Anyone may ask.
+const NOTARY_FLIGHTS_MAX: usize = 200;
 /// Servers named in one question to a notary.
 const NOTARY_SERVERS_MAX: usize = 200;
 /// Servers whose keys are held in memory.
@@ -259,6 +261,7 @@ impl KeyRing {
         });
         let flights: Vec<Flight> = stale
             .filter_map(|(server, _)| self.flight(server, Purpose::Events))
+            .take(NOTARY_FLIGHTS_MAX)
             .collect();
         // What does not answer is served from what we hold.
         let _ = tokio::time::timeout(FETCH_TIMEOUT, join_all(flights)).await;

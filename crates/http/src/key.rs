@@ -16,8 +16,9 @@ use serde_json::Value;
 use crate::error::Result;
 use crate::extract::{Json, Path, QueryPairs};
 
-/// Servers that one question may name.
-const SERVERS_MAX: usize = 200;
+/// Servers that one question may name. Synapse asks for those of a whole room in one question, and takes a refusal
+/// for the notary's last word.
+const SERVERS_MAX: usize = 20_000;
 /// Keys of one server that one question may name.
 const KEYS_MAX: usize = 64;
 
