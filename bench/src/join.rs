@@ -121,7 +121,9 @@ async fn measure_all(
             }
             runs.push(figures);
         }
-        servers.push((label, runs));
+        let alone = [(label, runs)];
+        Table::of(String::new(), &alone).print();
+        servers.extend(alone);
     }
     Ok((versions, servers))
 }

@@ -108,7 +108,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
             }
             runs.push(figures);
         }
-        servers.push((label, runs));
+        let alone = [(label, runs)];
+        Table::of(String::new(), &alone).print();
+        servers.extend(alone);
     }
     let table = Table::of(format!("Serving {}", kept.describe()), &servers);
     table.print();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use protocol::id::UserId;
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 
 /// A server that doesn't answer by then doesn't start.
@@ -255,6 +256,9 @@ impl Server {
             }
             if let Ok(answer) = http.get(&versions).send().await
                 && answer.status().is_success()
+                && TcpStream::connect(("127.0.0.1", self.federation_port))
+                    .await
+                    .is_ok()
             {
                 return Ok(Running { child });
             }
