@@ -52,6 +52,7 @@ async fn a_join_that_is_taken_back_before_it_was_sent_leaves_nothing() {
 #[tokio::test]
 async fn a_join_that_is_taken_back_after_it_was_sent_is_followed_by_a_leave() {
     let stage = Stage::set().await;
+    stage.resident.serve_leaves();
     let root = stage.here.administrator("root").await;
     let alice = stage.here.register("alice").await;
     let gate = Gate::new(false);
@@ -63,7 +64,6 @@ async fn a_join_that_is_taken_back_after_it_was_sent_is_followed_by_a_leave() {
     gate.open();
     assert_eq!(rooms_of(&alice).await, 0);
     // The resident holds her as a member until the debt is paid.
-    stage.resident.serve_leaves();
     let leave = stage.resident.leave_of(&alice.id).await;
     assert_eq!(leave.sender.as_str(), alice.id);
     stage.resident.asked("make_leave").await;
@@ -90,26 +90,6 @@ async fn s_35_a_join_that_a_restart_cuts_off_is_taken_up_with_the_same_event() {
     assert_eq!(stage.room.member(&alice.id).event_id, join.event_id);
     state.open();
     stage.end(&alice).await;
-}
-
-#[tokio::test]
-async fn s_35_a_join_that_is_refused_after_a_restart_leaves_nothing() {
-    let stage = Stage::set().await;
-    let alice = stage.here.register("alice").await;
-    let bob = stage.here.register("bob").await;
-    let gate = Gate::new(false);
-    stage.resident.hold_send_join(&gate);
-    begin(&stage, &alice);
-    stage.resident.asked("send_join").await;
-    stage.resident.refuse_join(&alice.id);
-    stage.here.restart().await;
-    stage.resident.asked("send_join").await;
-    gate.open();
-    // It was never in the room, for all we know; another join is a first one.
-    stage.join(&bob).await;
-    assert_eq!(rooms_of(&alice).await, 0);
-    bob.lazy().until_joined(&stage.room).await;
-    stage.end(&bob).await;
 }
 
 #[tokio::test]

@@ -341,7 +341,7 @@ impl Syncs {
 
     /// A long poll from here on that goes on by itself.
     pub fn begin(&self) -> Begun {
-        self.user.begin("GET", self.path(15_000), Value::Null)
+        self.user.begin("GET", self.path(60_000), Value::Null)
     }
 
     /// Syncs until there is what `look` finds.
