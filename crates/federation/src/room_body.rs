@@ -9,9 +9,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 /// A window is handed on when it has this many events…
-pub const WINDOW_EVENTS: usize = 256;
+pub const WINDOW_EVENTS: usize = 2048;
 /// …or this many bytes, whichever comes first.
-pub const WINDOW_BYTES: usize = 256 * 1024;
+pub const WINDOW_BYTES: usize = 2 << 20;
 /// Synapse's cap too; Matrix HQ in 2022 was some 200 MB (J-49).
 pub const BODY_BYTES_MAX: usize = 500 << 20;
 /// Canonical events are at most 64 KiB; escapes and `unsigned` can make the wire form larger.

@@ -40,7 +40,7 @@ const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
 const MISSING_FOR_STATE_PERCENT: usize = 10;
 /// Events of one commit.
-const CHUNK: usize = 500;
+const CHUNK: usize = 4000;
 /// Auth events asked for though no id list named them; somebody who makes up events could go on for ever.
 const UNNAMED_MAX: usize = 1000;
 /// Ids in one answer. The largest rooms known have some 200,000 events in state and auth chain (J-49).
@@ -500,6 +500,10 @@ impl Fetch {
 
     /// The waiting events that can be judged, ready for the store.
     fn sift(&self) -> Got<Vec<NewEvent>> {
+        let waiting = self.waiting.values();
+        let keys = waiting.filter_map(|pdu| Some((pdu.kind.clone(), pdu.state_key.clone()?)));
+        let ids = self.waiting.keys().cloned();
+        self.facts.number(self.version, ids, keys)?;
         let create = self.create.as_ref();
         let Sifted { usable, .. } = sift::sift(
             self.version,

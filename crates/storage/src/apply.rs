@@ -200,19 +200,20 @@ impl Plan {
                 .iter()
                 .filter_map(|(_, after)| after.filter(|nid| !here.contains_key(nid)))
                 .collect();
-            let bodies = events::pdus(c, &stored)?;
+            let memberships = events::memberships(c, &stored)?;
             let users: Vec<UserId> = wanted.iter().map(|(user, _)| user.clone()).collect();
             let before = memberships_of(c, row.nid, &users)?;
             for (user, after) in wanted {
                 let after = match after {
                     None => None,
                     Some(nid) => {
-                        let pdu = here
-                            .get(&nid)
-                            .copied()
-                            .or_else(|| bodies.get(&nid))
-                            .ok_or_else(|| Error::Corrupt(format!("event {} is gone", nid.0)))?;
-                        Some((pdu.membership().unwrap_or("leave").into(), nid))
+                        let membership = match here.get(&nid) {
+                            Some(pdu) => pdu.membership().map(Arc::from),
+                            None => memberships.get(&nid).cloned().ok_or_else(|| {
+                                Error::Corrupt(format!("event {} is gone", nid.0))
+                            })?,
+                        };
+                        Some((membership.unwrap_or_else(|| "leave".into()), nid))
                     }
                 };
                 members.push(Member {

@@ -8,6 +8,8 @@ use protocol::nid::{EventNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use room::effect::Place;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use crate::cache::Body;
 use crate::driver::{Conn, Error, Result, Row, texts};
@@ -175,6 +177,58 @@ pub fn json(c: &mut dyn Conn, events: &[EventNid]) -> Result<Vec<(EventNid, Arc<
             Ok(())
         })?;
         found[start..].sort_unstable_by_key(|(nid, _)| *nid);
+    }
+    Ok(found)
+}
+
+/// The part of a member event that says what it makes of the user.
+#[derive(Deserialize)]
+struct MemberEvent<'a> {
+    #[serde(borrow)]
+    content: MemberContent<'a>,
+}
+
+#[derive(Deserialize)]
+struct MemberContent<'a> {
+    #[serde(borrow)]
+    membership: Option<&'a RawValue>,
+}
+
+impl MemberEvent<'_> {
+    /// As [`Pdu::membership`] has it.
+    fn membership(&self) -> Option<Arc<str>> {
+        // No membership there is needs an escape.
+        let membership: &str = serde_json::from_str(self.content.membership?.get()).ok()?;
+        Some(membership.into())
+    }
+}
+
+/// `content.membership` of these member events, as far as they are stored and have it: thousands of them when
+/// a room becomes full, of which nothing else is wanted.
+pub(crate) fn memberships(
+    c: &mut dyn Conn,
+    events: &[EventNid],
+) -> Result<HashMap<EventNid, Option<Arc<str>>>> {
+    let cached = c.cached();
+    let mut found = HashMap::with_capacity(events.len());
+    let mut missing = Vec::new();
+    for nid in events {
+        match cached.caches.bodies.peek(nid) {
+            Some(body) => {
+                found.insert(*nid, body.pdu.membership().map(Arc::from));
+            }
+            None => missing.push(nid.0),
+        }
+    }
+    missing.sort_unstable();
+    for batch in missing.chunks(BATCH) {
+        c.query(JSON, &[&batch], &mut |row| {
+            let nid = row.event_nid(0)?;
+            let event: MemberEvent<'_> = serde_json::from_str(row.text(1)?)
+                .map_err(|error| Error::Corrupt(format!("event {}: {error}", nid.0)))?;
+            found.insert(nid, event.membership());
+            Ok(())
+        })?;
     }
     Ok(found)
 }
