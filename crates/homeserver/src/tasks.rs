@@ -2,6 +2,7 @@
 //! owed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +31,15 @@ const RESUMED_AT_ONCE_MAX: usize = 8;
 pub struct Running {
     resyncs: Mutex<BTreeMap<RoomId, mpsc::Sender<Command<Resync>>>>,
     resumed: Mutex<Resumed>,
+    debts: Debts,
+}
+
+/// Who pays debts: one task, for as long as there are any.
+#[derive(Default)]
+struct Debts {
+    paying: AtomicBool,
+    /// Set with every new debt: the payer looks again, and soon.
+    new: AtomicBool,
 }
 
 /// Rooms that were partial at the start.
@@ -172,6 +182,11 @@ impl Tasks<'_> {
 
     /// Offers the leaves that we owe to the servers that may hold us as a member, until they are taken.
     pub fn pay_debts(&self) {
+        let debts = &self.hs.running().debts;
+        debts.new.store(true, Ordering::SeqCst);
+        if debts.paying.swap(true, Ordering::SeqCst) {
+            return;
+        }
         let (hs, stop) = (self.hs.clone(), self.hs.stopping());
         self.hs.tracker().spawn(async move {
             tokio::select! {
@@ -252,28 +267,34 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
 }
 
 async fn pay_debts(hs: &Homeserver) {
+    let debts = &hs.running().debts;
     let mut pause = DEBT_PAUSE_MIN;
     loop {
         // Not at once: whoever failed to join often tries again, and a join that succeeds settles the debt.
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(DEBT_PAUSE_MAX);
+        pause = match debts.new.swap(false, Ordering::SeqCst) {
+            true => DEBT_PAUSE_MIN,
+            false => (pause * 2).min(DEBT_PAUSE_MAX),
+        };
         let intents = match hs.store().read(queues::intents).await {
             Ok(intents) => intents,
             Err(error) => {
                 tracing::error!(%error, "owed leaves can not be read");
-                return;
+                continue;
             }
         };
-        let owed: Vec<_> = intents
-            .into_iter()
-            .filter(|intent| intent.owe_leave)
-            .collect();
-        if owed.is_empty() {
-            return;
-        }
-        for debt in owed {
+        let mut none = true;
+        for debt in intents.into_iter().filter(|intent| intent.owe_leave) {
+            none = false;
             if let Err(error) = hs.rooms().pay_debt(&debt).await {
                 tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
+            }
+        }
+        if none {
+            debts.paying.store(false, Ordering::SeqCst);
+            // Whoever came to owe since the look found a payer that was about to go.
+            if !debts.new.load(Ordering::SeqCst) || debts.paying.swap(true, Ordering::SeqCst) {
+                return;
             }
         }
     }
