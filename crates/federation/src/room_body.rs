@@ -635,13 +635,14 @@ mod tests {
 
     #[test]
     fn windows_are_full_but_bounded() {
-        let events = vec![r#"{"a":1}"#; 1000].join(",");
+        let events = vec![r#"{"a":1}"#; 3 * WINDOW_EVENTS + 232].join(",");
         let body = format!(r#"{{"state":[{events}],"auth_chain":[{events}]}}"#);
         let mut reader = RoomBody::new(BodyKind::SendJoinV2);
         reader.feed(body.as_bytes()).unwrap();
         let (windows, _) = reader.finish().unwrap();
         let sizes: Vec<usize> = windows.iter().map(|(_, w)| w.len()).collect();
-        assert_eq!(sizes, [256, 256, 256, 232, 256, 256, 256, 232]);
+        let full = WINDOW_EVENTS;
+        assert_eq!(sizes, [full, full, full, 232, full, full, full, 232]);
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {
