@@ -14,9 +14,10 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use crate::client::{Body, Call, Client, uri};
+use crate::client::{Body, Call, Client, Failure, uri};
 use crate::request_auth::{AuthError, XMatrix};
 use crate::server_keys::{self, KnownKey, KnownKeys, OldKey, StoredKey};
+use crate::transport::TransportError;
 
 /// A key object is a few hundred bytes; a notary's answer one for each server asked for.
 const KEYS_BYTES_MAX: usize = 256 << 10;
@@ -24,6 +25,9 @@ const NOTARY_BYTES_MAX: usize = 16 << 20;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Servers asked at one time.
 const FETCHES_MAX: usize = 64;
+/// A fetch that fails sooner is tried again, once, after a moment.
+const FAILS_FAST: Duration = Duration::from_secs(2);
+const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// A notary is asked for those that have not answered by then.
 const NOTARY_AFTER: Duration = Duration::from_secs(3);
 /// Servers that we ask on behalf of one question to us; of the others it is told what is known. Anyone may ask.
@@ -124,6 +128,13 @@ impl Keys for KeySet {
             .filter(|key| key.is_good_for_event(at_ms, version))
             .map(|key| key.key.clone())
     }
+}
+
+/// Why a server did not give its keys.
+struct Unfetched {
+    /// The connection broke in the middle.
+    broke: bool,
+    reason: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -487,11 +498,20 @@ impl KeyRing {
             .acquire()
             .await
             .expect("the semaphore is never closed");
-        let fetched = self.fetch_from_itself(server).await;
+        let began = Instant::now();
+        let mut fetched = self.fetch_from_itself(server).await;
+        // A connection can break at any time, and on these keys hangs whether anything of a server's can be
+        // believed for the next minute. Who can not be reached, or took long to fail, is not asked twice.
+        if matches!(fetched, Err(Unfetched { broke: true, .. })) && began.elapsed() < FAILS_FAST {
+            tokio::time::sleep(RETRY_AFTER).await;
+            fetched = self.fetch_from_itself(server).await;
+        }
         let answered = fetched.is_ok();
         match fetched {
             Ok(rows) => self.learn(rows).await,
-            Err(reason) => tracing::debug!(%server, reason, "keys could not be fetched"),
+            Err(Unfetched { reason, .. }) => {
+                tracing::debug!(%server, reason, "keys could not be fetched");
+            }
         }
         let at = Instant::now();
         self.inner
@@ -504,17 +524,19 @@ impl KeyRing {
             .remove(server);
     }
 
-    async fn fetch_from_itself(&self, server: &ServerName) -> Result<Vec<StoredKey>, String> {
+    async fn fetch_from_itself(&self, server: &ServerName) -> Result<Vec<StoredKey>, Unfetched> {
         let uri = "/_matrix/key/v2/server".to_owned();
         let mut call = Call::get(server, uri, FETCH_TIMEOUT);
         call.signed = false;
-        let object: Map<String, Value> = self
-            .inner
-            .client
-            .json(call, KEYS_BYTES_MAX)
-            .await
-            .map_err(|failure| format!("{:?}", room::effect::AskError::from(failure)))?;
-        server_keys::read(&object, server, self.now_ms()).map_err(|e| e.to_string())
+        let object = self.inner.client.json(call, KEYS_BYTES_MAX).await;
+        let object: Map<String, Value> = object.map_err(|failure| Unfetched {
+            broke: matches!(failure, Failure::Transport(TransportError::Broken(_))),
+            reason: format!("{:?}", room::effect::AskError::from(failure)),
+        })?;
+        server_keys::read(&object, server, self.now_ms()).map_err(|error| Unfetched {
+            broke: false,
+            reason: error.to_string(),
+        })
     }
 
     /// Asks one notary after the other for what is still missing.
@@ -627,7 +649,8 @@ mod tests {
         SigningKey::generate(seed, "1").unwrap()
     }
 
-    /// Servers by name: those `up` give their keys, those `notaries` speak for everyone.
+    /// Servers by name: those `up` give their keys, those `notaries` speak for everyone. The first connection
+    /// to `shaky` breaks.
     #[derive(Default)]
     struct World {
         up: Vec<&'static str>,
@@ -651,6 +674,9 @@ mod tests {
             Box::pin(async move {
                 // A round trip, so that two who ask at the same time can meet.
                 tokio::task::yield_now().await;
+                if to == "shaky" && self.asked.lock().unwrap().len() == 1 {
+                    return Err(TransportError::Broken("in the middle".into()));
+                }
                 if !self.up.contains(&to.as_str()) {
                     return Err(TransportError::Connect {
                         server: request.to,
@@ -791,6 +817,14 @@ mod tests {
                 .iter()
                 .all(|r| r.server == name("liar"))
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_breaks_is_made_again() {
+        let (world, store) = (world(&["shaky"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        assert!(found(&ring, "shaky", NOW).await);
+        assert_eq!(asked(&world).len(), 2);
     }
 
     #[tokio::test(start_paused = true)]

@@ -31,6 +31,8 @@ pub(super) struct Reply {
     state: Vec<EventId>,
     pdus: Pdus,
     bad: u64,
+    /// What was wrong with the first of the bad ones.
+    fault: Option<String>,
     end: Option<SentJoin>,
     event: Option<Result<Arc<Pdu>, String>>,
     asked_for_auth_events: bool,
@@ -68,6 +70,7 @@ impl Reply {
             state: Vec::new(),
             pdus: Pdus::new(),
             bad: 0,
+            fault: None,
             end: None,
             event: None,
             asked_for_auth_events: false,
@@ -115,7 +118,10 @@ impl Reply {
             match pdu {
                 Ok(pdu) => self.add(section, pdu),
                 // Left out; the join goes on (J-59).
-                Err(_) => self.bad += 1,
+                Err(bad) => {
+                    self.bad += 1;
+                    self.fault.get_or_insert(bad.reason);
+                }
             }
         }
     }
@@ -208,6 +214,15 @@ impl Reply {
         })
     }
 
+    /// J-53, with what may be the reason: nobody's keys to be had, say.
+    fn no_create_event(&self) -> Conclusion {
+        let mut reason = "the state has no create event".to_owned();
+        if let Some(fault) = &self.fault {
+            reason += &format!("; {} events are bad, the first: {fault}", self.bad);
+        }
+        Conclusion::BadCandidate(reason)
+    }
+
     /// J-51 to J-58: what needs no look into the store.
     fn inspect(&self, request: &JoinRequest, signed: &Signed) -> Judged<Room> {
         let end = self.end.clone().unwrap_or_default();
@@ -217,7 +232,7 @@ impl Reply {
         }
         let create = match sift::create_event(&self.pdus) {
             Ok(Some(create)) if self.state.contains(&create.event_id) => create,
-            Ok(_) => return bad("the state has no create event"),
+            Ok(_) => return Err(self.no_create_event()),
             Err(reason) => return Err(Conclusion::BadCandidate(reason)),
         };
         if create.room_id != request.room {
