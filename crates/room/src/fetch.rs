@@ -241,6 +241,7 @@ impl Fetch {
                     .is_some_and(|until| now.since_start >= until)
                 {
                     self.ids_asked.clear();
+                    self.compare_until = None;
                     self.stage = Stage::Thinking;
                     return self.think(out, now);
                 }
@@ -428,10 +429,8 @@ impl Fetch {
                 None
             }
             Thought::Done(_) if !self.ids_asked.is_empty() => {
-                let until = self
-                    .compare_until
+                self.compare_until
                     .get_or_insert(now.since_start + COMPARE_WAIT);
-                debug_assert!(*until >= now.since_start);
                 self.stage = Stage::Comparing;
                 None
             }

@@ -1,9 +1,9 @@
 //! Forgetting a room (joins.md P-69): it is then as if nobody here had ever been in it.
 
+use std::collections::HashSet;
+
 use protocol::id::RoomId;
 use protocol::nid::EventNid;
-
-use std::collections::HashSet;
 
 use crate::driver::{Conn, Result};
 use crate::{event_index, events, rooms};

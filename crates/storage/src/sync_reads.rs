@@ -165,7 +165,6 @@ pub fn joined_users(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {
     c.query_all(JOINED_USERS, &[&room], |row| row.id(0))
 }
 
-/// Those of these users who share a room with the user.
 /// Servers whose users may be in one of the user's partial rooms.
 pub fn partial_servers_of(
     c: &mut dyn Conn,
@@ -192,6 +191,7 @@ pub fn local_members(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<UserId>> {
     Ok(users)
 }
 
+/// Those of these users who share a room with the user.
 pub fn sharing(c: &mut dyn Conn, user: &UserId, among: &[UserId]) -> Result<Vec<UserId>> {
     if among.is_empty() {
         return Ok(Vec::new());

@@ -475,11 +475,11 @@ impl Look<'_> {
             return Ok(false);
         }
         let me = &ask.reader.user;
-        let partial_servers = sync_reads::partial_servers_of(self.c, me)?;
-        let from = ask.since.map_or(0, |since| since.presence);
-        let changed = match ask.since.is_some() || !partial_servers.is_empty() {
-            true => sync_reads::presence_changed(self.c, from, self.next.presence)?,
-            false => Vec::new(),
+        let changed = match ask.since {
+            None => Vec::new(),
+            Some(since) => {
+                sync_reads::presence_changed(self.c, since.presence, self.next.presence)?
+            }
         };
         let mut users: BTreeSet<UserId> = match ask.since {
             None => sync_reads::all_sharing(self.c, me)?,
@@ -488,8 +488,15 @@ impl Look<'_> {
         .into_iter()
         .collect();
         // P-65: in a partial room most members are not known so far.
-        let may_share = |user: &UserId| partial_servers.contains(&user.server_name());
-        users.extend(changed.into_iter().filter(may_share));
+        if ask.since.is_none() || !changed.is_empty() {
+            let servers = sync_reads::partial_servers_of(self.c, me)?;
+            let may_share = |user: &UserId| servers.contains(&user.server_name());
+            let told = match ask.since.is_none() && !servers.is_empty() {
+                true => sync_reads::presence_changed(self.c, 0, self.next.presence)?,
+                false => changed,
+            };
+            users.extend(told.into_iter().filter(may_share));
+        }
         for user in devices::newcomers(self.c, ask, &self.came, self.next.events)? {
             users.insert(user);
         }
