@@ -9,7 +9,7 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::signature::SigningKey;
-use room::effect::{Effect, Handshake, Input, Machine, Now};
+use room::effect::{Effect, Fault, Handshake, Input, Machine, Now};
 use room::resident::{Accept, AcceptRequest, Make, MakeRequest};
 use room::send::{Draft, Send};
 use room::template::Own;
@@ -106,17 +106,18 @@ pub fn carry_out(effect: Effect, store: &mut Store) -> Option<Input> {
 pub const FORGED: &str = "forged";
 
 pub fn check(raw: &str, version: RoomVersion) -> Result<Arc<Pdu>, room::effect::BadPdu> {
-    let bad = |signature: bool, reason: String| room::effect::BadPdu {
-        event_id: None,
+    let bad = |event_id, fault, reason: String| room::effect::BadPdu {
+        event_id,
         reason,
-        signature,
+        fault,
     };
-    if raw.starts_with(FORGED) {
-        return Err(bad(true, "forged".to_owned()));
+    if let Some(copied) = raw.strip_prefix(FORGED) {
+        let event_id = Pdu::parse(copied, version).ok().map(|pdu| pdu.event_id);
+        return Err(bad(event_id, Fault::Signature, "forged".to_owned()));
     }
     Pdu::parse(raw, version)
         .map(Arc::new)
-        .map_err(|error| bad(false, error.to_string()))
+        .map_err(|error| bad(None, Fault::Form, error.to_string()))
 }
 
 /// The drafts of a new public room.

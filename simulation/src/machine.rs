@@ -8,10 +8,11 @@ use std::time::Duration;
 use protocol::id::{EventId, ServerName};
 use protocol::pdu::Pdu;
 use room::effect::{
-    Answer, Ask, AskError, Effect, Handshake, Input, Machine, Now, RawPdu, Section, SentJoin,
+    Answer, Ask, AskError, Effect, Handshake, Input, Machine, Now, RawPdu, Section, SentJoin, Tell,
     Ticket,
 };
 use room::join::{Intent, Join, JoinOptions, JoinRequest};
+use room::rest::Rest;
 use room::resync::{Resync, ResyncOptions, Resynced};
 use room::send::{Draft, Send};
 use room::template::Member;
@@ -64,6 +65,12 @@ struct World<'a> {
     crashes_left: u64,
     /// Leaves something out of every state that it gives.
     liar: Option<ServerName>,
+    /// The residents do not know of partial answers.
+    whole_answers: bool,
+    /// What the join left to the resync.
+    rest: Option<Box<Rest>>,
+    /// Since the rest is here, and all is well.
+    nobody_need_be_asked: bool,
     trace: String,
     broken: Option<String>,
 }
@@ -92,6 +99,9 @@ impl<'a> World<'a> {
             store: Store::new(fixture.us.name.clone()),
             accepted: BTreeSet::new(),
             liar: None,
+            whole_answers: seed % 5 == 3 || seed.is_multiple_of(80),
+            rest: None,
+            nobody_need_be_asked: false,
             trace: String::new(),
             broken: None,
         }
@@ -148,6 +158,11 @@ impl<'a> World<'a> {
         let request = self.request();
         let options = JoinOptions {
             race_send_join: self.chance.percent(50),
+            members_first: self
+                .chance
+                .percent(80)
+                .then(|| self.chance.below(4) as usize),
+            ask_for_left_out: self.chance.percent(50),
         };
         loop {
             let own = self.fixture.us.clone();
@@ -212,6 +227,10 @@ impl<'a> World<'a> {
             let liar = self.chance.pick(residents).cloned();
             self.liar = liar.filter(|_| lies);
             let mut resync = Resync::new(own, room, options, seed, self.now());
+            if let Some(rest) = self.rest.take() {
+                resync.take(rest, self.now());
+                self.nobody_need_be_asked = self.faults == 0;
+            }
             match self.drive(&mut resync, None)? {
                 Step::Outcome(Resynced::Full) => break,
                 Step::Outcome(other) => return Err(format!("the resync came to {other:?}")),
@@ -282,6 +301,7 @@ impl<'a> World<'a> {
             return true;
         }
         match effect {
+            Effect::Tell(Tell::StartResync { rest, .. }) => self.rest = rest,
             Effect::Ask {
                 ticket,
                 to,
@@ -415,7 +435,12 @@ impl<'a> World<'a> {
                 omit_members,
                 ..
             } => self.serve_send_join(to, event, event_id, *omit_members),
-            Ask::StateIds { .. } => self.serve_state_ids(to),
+            Ask::StateIds { .. } => {
+                if self.nobody_need_be_asked {
+                    self.broken = Some("asked for the state, which is here".to_owned());
+                }
+                self.serve_state_ids(to)
+            }
             Ask::State { .. } => {
                 let mut parts = self.parts(Section::State, &self.fixture.state.clone());
                 parts.extend(self.parts(Section::AuthChain, &self.fixture.chain.clone()));
@@ -483,7 +508,7 @@ impl<'a> World<'a> {
             self.broken = Some("sent before the intent was durable".to_owned());
         }
         self.accepted.insert(event_id.clone());
-        let full = self.fault();
+        let full = self.whole_answers || self.fault();
         let mut state = self.fixture.state.clone();
         let mut chain = self.fixture.chain.clone();
         let mut end = SentJoin {
@@ -669,6 +694,10 @@ fn brief_effect(effect: &Effect) -> String {
                 .as_ref()
                 .map_or_else(|| "-".to_owned(), |intent| word(intent)),
         ),
+        Effect::Tell(Tell::StartResync { rest, .. }) => {
+            let held = rest.as_ref().map(|rest| rest.held.len());
+            format!("tell StartResync, held {held:?}")
+        }
         Effect::Tell(tell) => format!("tell {tell:?}"),
     }
 }

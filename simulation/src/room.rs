@@ -17,6 +17,7 @@ use room::leave::{Leave, LeaveRequest, Left, Why};
 use room::receive::{Incoming, Receive, Received};
 use room::refusal::Refusal;
 use room::resident::{Accept, AcceptRequest, Accepted, Made, Make, MakeRequest, Unserved};
+use room::rest::Rest;
 use room::resync::{Resync, ResyncOptions, Resynced};
 use room::send::{Draft, Send, Sent, Unsent};
 use room::template::{Member, Own};
@@ -62,6 +63,9 @@ pub fn run(seed: u64) -> Result<Run, (String, String)> {
 struct World {
     chance: Chance,
     faults: u64,
+    /// The residents do not know of partial answers.
+    whole_answers: bool,
+    join_options: JoinOptions,
     version: RoomVersion,
     room: RoomId,
     now: Duration,
@@ -155,6 +159,12 @@ impl World {
             .collect();
         Self {
             faults: seed % 20,
+            whole_answers: matches!(seed % 7, 3 | 6),
+            join_options: JoinOptions {
+                members_first: Some((seed % 3) as usize),
+                ask_for_left_out: seed.is_multiple_of(2),
+                ..JoinOptions::default()
+            },
             chance,
             version,
             room: RoomId::parse("!room:s0").expect("a plain name"),
@@ -446,6 +456,7 @@ impl World {
         let request = self.join_request(user, candidates, job);
         let options = JoinOptions {
             race_send_join: self.chance.percent(50),
+            ..self.join_options
         };
         self.servers[server].joining = true;
         let join = Join::new(self.servers[server].own.clone(), request, options);
@@ -524,8 +535,8 @@ impl World {
                 let outcome = self.committed(server, committed);
                 Input::Committed { ticket, outcome }
             }
-            Effect::Tell(room::effect::Tell::StartResync { .. }) => {
-                return self.start_resync(server);
+            Effect::Tell(room::effect::Tell::StartResync { rest, .. }) => {
+                return self.start_resync(server, rest);
             }
             Effect::Tell(room::effect::Tell::Progress {
                 step: room::effect::Step::Retrying { .. },
@@ -662,8 +673,14 @@ impl World {
         self.later(delay, Event::Receive { server });
     }
 
-    fn start_resync(&mut self, server: usize) {
+    fn start_resync(&mut self, server: usize, rest: Option<Box<Rest>>) {
         if self.servers[server].resyncing {
+            let now = self.now();
+            for task in self.servers[server].tasks.values_mut() {
+                if let (Task::Resync(resync), Some(rest)) = (task, rest.clone()) {
+                    resync.take(rest, now);
+                }
+            }
             return;
         }
         self.servers[server].resyncing = true;
@@ -672,7 +689,10 @@ impl World {
         let options = ResyncOptions {
             compare_donors: seed.is_multiple_of(2),
         };
-        let resync = Resync::new(own, self.room.clone(), options, seed, self.now());
+        let mut resync = Resync::new(own, self.room.clone(), options, seed, self.now());
+        if let Some(rest) = rest {
+            resync.take(rest, self.now());
+        }
         self.start(server, Task::Resync(Box::new(resync)));
     }
 
@@ -723,11 +743,11 @@ impl World {
             };
             let (own, now) = (self.servers[server].own.clone(), self.now());
             self.servers[server].joining = true;
-            let join = Join::resume(own, request, JoinOptions::default(), intent, now);
+            let join = Join::resume(own, request, self.join_options, intent, now);
             self.start(server, Task::Join(Box::new(join)));
         }
         if partial {
-            self.start_resync(server);
+            self.start_resync(server, None);
         }
         for job in owed {
             self.pay(server, job);
@@ -963,6 +983,7 @@ impl World {
             .values()
             .map(|id| room.row(id).expect("state is stored").pdu.clone())
             .collect();
+        let omit = omit && !self.whole_answers;
         if omit {
             let own_key = accepted.event.state_key.clone();
             state.retain(|pdu| &*pdu.kind != "m.room.member" || pdu.state_key == own_key);

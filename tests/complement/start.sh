@@ -66,6 +66,7 @@ enabled = false
 # handshake and the resync it knows is left out here; our own tests cover it.
 [join]
 race_send_join = false
+ask_for_left_out = false
 compare_donors = false
 tell_missed_servers = false
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use federation::keys::Wanted;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
-use protocol::signature::{self, Verification};
-use room::effect::{BadPdu, RawPdu};
+use protocol::signature::{self, SignatureError, Verification};
+use room::effect::{BadPdu, Fault, RawPdu};
 
 use crate::Homeserver;
 
@@ -73,7 +73,10 @@ async fn check_batch(
                     Err(error) => Err(BadPdu {
                         event_id: Some(pdu.event_id.clone()),
                         reason: error.to_string(),
-                        signature: true,
+                        fault: match error {
+                            SignatureError::UnknownKey(_) => Fault::NoKey,
+                            _ => Fault::Signature,
+                        },
                     }),
                 }
             })
@@ -90,7 +93,7 @@ fn parse(raw: &str, version: RoomVersion) -> Result<(Arc<Pdu>, String), BadPdu> 
         .map_err(|error| BadPdu {
             event_id: None,
             reason: error.to_string(),
-            signature: false,
+            fault: Fault::Form,
         })
 }
 

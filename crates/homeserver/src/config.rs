@@ -65,6 +65,12 @@ pub struct Limits {
 pub struct JoinSettings {
     /// Send the same signed join to a second server when the first is silent for some seconds.
     pub race_send_join: bool,
+    /// Of an answer that does not leave out the members, verify this many before the user is in, and the
+    /// others behind.
+    pub members_first: usize,
+    /// Ask other servers for events that an answer to a join has badly signed, or without their auth events
+    /// (J-59).
+    pub ask_for_left_out: bool,
     /// Ask two servers for the ids of the full state, and compare (O-46).
     pub compare_donors: bool,
     /// After a resync, send the newest of our events to servers that it found in the room (O-2).
@@ -77,6 +83,8 @@ impl Default for JoinSettings {
     fn default() -> Self {
         Self {
             race_send_join: true,
+            members_first: 1000,
+            ask_for_left_out: true,
             compare_donors: true,
             tell_missed_servers: true,
             batch_verification: true,

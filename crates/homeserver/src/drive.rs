@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use room::effect::{Effect, Input, Loaded, Machine, Now, Tell, Ticket};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::Homeserver;
 use crate::checks;
@@ -67,10 +67,15 @@ where
     } = run;
     let (sender, mut inputs) = mpsc::channel(INPUTS_MAX);
     let mut asks = tokio::task::JoinSet::new();
+    let wants_parts = watch::Sender::new(true);
     loop {
         while let Some(effect) = machine.poll_effect() {
-            execute(hs, effect, job, &sender, &mut asks);
+            execute(hs, effect, job, &sender, &wants_parts, &mut asks);
         }
+        wants_parts.send_if_modified(|wants| {
+            let before = std::mem::replace(wants, machine.wants_parts());
+            before != *wants
+        });
         if let Some(outcome) = machine.poll_outcome() {
             return outcome;
         }
@@ -141,6 +146,7 @@ fn execute(
     effect: Effect,
     job: Option<i64>,
     inputs: &mpsc::Sender<Input>,
+    wants_parts: &watch::Sender<bool>,
     asks: &mut tokio::task::JoinSet<()>,
 ) {
     let (hs, inputs) = (hs.clone(), inputs.clone());
@@ -151,6 +157,7 @@ fn execute(
             ask,
             timeout,
         } => {
+            let wants_parts = wants_parts.subscribe();
             asks.spawn(async move {
                 let parts = inputs.clone();
                 let from = to.clone();
@@ -163,8 +170,9 @@ fn execute(
                             section,
                             pdus,
                         };
-                        let parts = parts.clone();
+                        let (parts, mut wants_parts) = (parts.clone(), wants_parts.clone());
                         async move {
+                            drop(wants_parts.wait_for(|wants| *wants).await);
                             let _machine_is_done = parts.send(part).await;
                         }
                     })
@@ -232,7 +240,7 @@ impl Homeserver {
     fn tell(&self, job: Option<i64>, tell: Tell) {
         match tell {
             Tell::Progress { room, step } => self.jobs().progress(&room, job, step),
-            Tell::StartResync { room } => self.tasks().start_resync(room),
+            Tell::StartResync { room, rest } => self.tasks().start_resync(room, rest),
             Tell::PrefetchKeys { servers } => self.keys().prefetch(servers),
         }
     }

@@ -14,7 +14,7 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use room::acl;
-use room::effect::BadPdu;
+use room::effect::{BadPdu, Fault};
 use room::receive::{Incoming, Receive, Received};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -299,7 +299,7 @@ fn judge_one(
             Some(pdu.event_id.clone()),
             Some(Some("the room's ACL shuts your server out".to_owned())),
         ),
-        Err(bad) if bad.signature => {
+        Err(bad) if bad.fault != Fault::Form => {
             let event_id = bad
                 .event_id
                 .or_else(|| Pdu::parse(raw, version).ok().map(|pdu| pdu.event_id));

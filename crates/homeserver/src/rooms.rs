@@ -489,10 +489,7 @@ impl Rooms<'_> {
             job,
             device_lists_at: self.device_lists_at().await?,
         };
-        let options = JoinOptions {
-            race_send_join: self.hs.config().join.race_send_join,
-        };
-        let machine = Join::new(self.hs.own().clone(), request, options);
+        let machine = Join::new(self.hs.own().clone(), request, self.join_options());
         let outcome = self.run_join(machine, job).await?;
         self.after_join(&room, user, job, outcome).map(|()| room)
     }
@@ -503,6 +500,15 @@ impl Rooms<'_> {
             .store()
             .read(|c| position(c, Stream::DeviceLists))
             .await
+    }
+
+    pub(crate) fn join_options(&self) -> JoinOptions {
+        let settings = &self.hs.config().join;
+        JoinOptions {
+            race_send_join: settings.race_send_join,
+            members_first: Some(settings.members_first),
+            ask_for_left_out: settings.ask_for_left_out,
+        }
     }
 
     pub(crate) async fn run_join(
@@ -562,7 +568,7 @@ impl Rooms<'_> {
             Ok(joined) => {
                 tracing::info!(%room, %user, partial = joined.partial, "joined");
                 if joined.partial {
-                    self.hs.tasks().start_resync(room.clone());
+                    self.hs.tasks().start_resync(room.clone(), None);
                 } else {
                     self.hs.jobs().close(job, "full", None);
                 }

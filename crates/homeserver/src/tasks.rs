@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use protocol::id::{RoomId, ServerName};
 use room::effect::Now;
-use room::join::{Intent, Join, JoinOptions, JoinRequest};
+use room::join::{Intent, Join, JoinRequest};
+use room::rest::Rest;
 use room::resync::{Resync, ResyncOptions, Resynced};
 use room::template::Member;
 use storage::apply::Applied;
@@ -61,12 +62,17 @@ impl Homeserver {
 }
 
 impl Tasks<'_> {
-    /// Begins the resync of a partial room; one that runs is told to try again at once.
-    pub fn start_resync(&self, room: RoomId) {
+    /// Begins the resync of a partial room; one that runs is told to try again at once. With the rest of
+    /// an answer to a join nobody need be asked.
+    pub fn start_resync(&self, room: RoomId, rest: Option<Box<Rest>>) {
         let commands = {
             let mut resyncs = self.lock();
             if let Some(running) = resyncs.get(&room) {
-                let _busy_already = running.try_send(retry());
+                let command: Command<Resync> = match rest {
+                    Some(rest) => Box::new(|resync, now| resync.take(rest, now)),
+                    None => retry(),
+                };
+                let _busy_already = running.try_send(command);
                 return;
             }
             let (sender, commands) = mpsc::channel(4);
@@ -75,7 +81,7 @@ impl Tasks<'_> {
         };
         let hs = self.hs.clone();
         self.hs.tracker().spawn(async move {
-            resync(&hs, &room, commands).await;
+            resync(&hs, &room, rest, commands).await;
             hs.tasks().lock().remove(&room);
             hs.tasks().resync_pauses(&room);
             // Somebody may have joined between the end and here (S-30).
@@ -83,7 +89,7 @@ impl Tasks<'_> {
                 && head.partial.is_some()
                 && !hs.stopping().is_cancelled()
             {
-                hs.tasks().start_resync(room);
+                hs.tasks().start_resync(room, None);
             }
         });
     }
@@ -96,7 +102,7 @@ impl Tasks<'_> {
             place.and_then(|place| resumed.waiting.remove(place))
         };
         if let Some(room) = waited {
-            self.start_resync(room);
+            self.start_resync(room, None);
         }
     }
 
@@ -119,7 +125,7 @@ impl Tasks<'_> {
                 resumed.running.insert(room.clone());
                 room
             };
-            self.start_resync(room);
+            self.start_resync(room, None);
         }
     }
 
@@ -206,8 +212,13 @@ fn retry() -> Command<Resync> {
     Box::new(|resync: &mut Resync, now: Now| resync.retry(now))
 }
 
-async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command<Resync>>) {
-    let machine = Resync::new(
+async fn resync(
+    hs: &Homeserver,
+    room: &RoomId,
+    rest: Option<Box<Rest>>,
+    commands: mpsc::Receiver<Command<Resync>>,
+) {
+    let mut machine = Resync::new(
         hs.own().clone(),
         room.clone(),
         ResyncOptions {
@@ -216,6 +227,9 @@ async fn resync(hs: &Homeserver, room: &RoomId, commands: mpsc::Receiver<Command
         rand::random(),
         hs.clock().now(),
     );
+    if let Some(rest) = rest {
+        machine.take(rest, hs.clock().now());
+    }
     let run = Run {
         machine,
         job: None,
@@ -257,9 +271,7 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
         via,
         omit_members: stored.omit_members,
     };
-    let options = JoinOptions {
-        race_send_join: hs.config().join.race_send_join,
-    };
+    let options = hs.rooms().join_options();
     let machine = Join::resume(hs.own().clone(), request, options, intent, hs.clock().now());
     if let Ok(outcome) = hs.rooms().run_join(machine, job).await {
         let _told_in_the_log = hs.rooms().after_join(&room, &user, job, outcome);

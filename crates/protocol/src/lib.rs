@@ -11,6 +11,7 @@ pub mod dag;
 pub mod edu;
 pub mod event_set;
 pub mod format;
+pub mod glance;
 pub mod hash;
 pub mod id;
 pub mod nid;

@@ -12,6 +12,7 @@ use protocol::state::StateMap;
 
 pub use protocol::event_set::{EventSet, StateKey, StoredEvent};
 
+use crate::rest::Rest;
 use crate::write::WriteSet;
 
 /// Names one effect of one machine. A reply whose ticket the present state does not hold is late or
@@ -38,6 +39,10 @@ pub trait Machine {
     fn poll_effect(&mut self) -> Option<Effect>;
     /// When [`Input::Woke`] is wanted at the latest, as [`Now::since_start`]. Waking early does no harm.
     fn deadline(&self) -> Option<Duration>;
+    /// Whether more parts of bodies are of use now; `false` leaves them with their senders.
+    fn wants_parts(&self) -> bool {
+        true
+    }
     /// The result, once. `Some` means the machine is done and wants no further input.
     fn poll_outcome(&mut self) -> Option<Self::Outcome>;
 }
@@ -416,8 +421,17 @@ pub struct BadPdu {
     /// Known when the PDU could be parsed at all.
     pub event_id: Option<EventId>,
     pub reason: String,
-    /// Whether only the signature or its key was at fault, so that another copy may be good (J-59).
-    pub signature: bool,
+    pub fault: Fault,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It is no PDU of this room version.
+    Form,
+    /// A signature is absent or wrong, so that another copy may be good (J-59).
+    Signature,
+    /// No key is to be had for a signature; another copy fares no better.
+    NoKey,
 }
 
 // -- Commit ---------------------------------------------------------------------------------------
@@ -432,8 +446,11 @@ pub struct Stale;
 pub enum Tell {
     /// How far a join or resync is, for the admin API, metrics and logs.
     Progress { room: RoomId, step: Step },
-    /// Begin (or go on with) the resync of this room.
-    StartResync { room: RoomId },
+    /// Begin (or go on with) the resync of this room, with what is here already.
+    StartResync {
+        room: RoomId,
+        rest: Option<Box<Rest>>,
+    },
     /// Fetch these servers' signing keys, they will be needed.
     PrefetchKeys { servers: Vec<ServerName> },
 }

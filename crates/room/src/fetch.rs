@@ -20,10 +20,11 @@ use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
 use crate::effect::{
-    Answer, Ask, AskError, BadPdu, Found, Input, Known, Now, Place, RawPdu, Ticket,
+    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Now, Place, RawPdu, Section, Ticket,
 };
 use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
+use crate::rest::Rest;
 use crate::sift::{self, Pdus, Sifted};
 use crate::write::{FanOut, NewEvent, Verdict, WriteSet};
 
@@ -43,6 +44,10 @@ const MISSING_FOR_STATE_PERCENT: usize = 10;
 const CHUNK: usize = 4000;
 /// Auth events asked for though no id list named them; somebody who makes up events could go on for ever.
 const UNNAMED_MAX: usize = 1000;
+/// Checks that run at the same time; while there are this many, no more of a body is taken.
+const CHECKS_MAX: usize = 4;
+/// Events of one check of what was given.
+const WINDOW: usize = 1024;
 /// Ids in one answer. The largest rooms known have some 200,000 events in state and auth chain (J-49).
 const IDS_MAX: usize = 1_000_000;
 
@@ -73,7 +78,7 @@ pub(crate) enum Unfetched {
 
 pub(crate) struct Fetch {
     version: RoomVersion,
-    /// `None` when only single events are wanted.
+    /// `None` when only single events are wanted, or the state before our join.
     event: Option<EventId>,
     /// Those asked for the ids first.
     donors: Vec<ServerName>,
@@ -98,8 +103,12 @@ pub(crate) struct Fetch {
     tried: BTreeMap<EventId, usize>,
     /// Events that the source of the ids could not be asked for: another time it may be.
     unreached: BTreeSet<EventId>,
-    /// Checks of PDUs that have come.
-    checks: BTreeSet<Ticket>,
+    /// Checks of PDUs that have come, with the section of those that were given.
+    checks: BTreeMap<Ticket, Option<Section>>,
+    /// What of an answer to our join is still to be checked.
+    given: VecDeque<(Section, Vec<RawPdu>)>,
+    /// The request for a whole state that runs.
+    body: Option<Ticket>,
     /// How many sources were asked for the whole state.
     asked_for_state: usize,
     /// A whole state came to its end, so that what it lacked is to be had singly, if at all.
@@ -118,7 +127,6 @@ enum Stage {
     Thinking,
     /// All is here, but another server may see it otherwise.
     Comparing,
-    State(Ticket),
     Events(BTreeMap<Ticket, EventId>, VecDeque<EventId>),
     Storing(Ticket, Vec<Found>, VecDeque<NewEvent>),
     Over,
@@ -149,6 +157,41 @@ impl Fetch {
             stage: Stage::Ids,
             ..Self::idle(room, version, donors)
         }
+    }
+
+    /// Takes what an answer to our join gave, and fetches what it lacks. The state is that before the join.
+    pub fn given(
+        room: RoomId,
+        version: RoomVersion,
+        rest: Rest,
+        donors: Vec<ServerName>,
+        out: &mut Outbox,
+        now: Now,
+    ) -> Self {
+        let mut this = Self::idle(room, version, donors);
+        this.got_state = true;
+        this.wanted
+            .extend(rest.state.iter().chain(&rest.bad).cloned());
+        this.sources.push(Source {
+            donor: 0,
+            state: rest.state,
+        });
+        for pdu in rest.left_out {
+            this.wanted.insert(pdu.event_id.clone());
+            this.waiting.insert(pdu.event_id.clone(), pdu);
+        }
+        for (section, pdu) in rest.held {
+            match this.given.back_mut() {
+                Some((last, window)) if *last == section && window.len() < WINDOW => {
+                    window.push(pdu);
+                }
+                _ => this.given.push_back((section, vec![pdu])),
+            }
+        }
+        this.feed(out);
+        let ended = this.think_if_idle(out, now);
+        debug_assert!(ended.is_none());
+        this
     }
 
     /// Fetches just these events, and what their auth chains lack here (P-14).
@@ -189,7 +232,9 @@ impl Fetch {
             create: None,
             tried: BTreeMap::new(),
             unreached: BTreeSet::new(),
-            checks: BTreeSet::new(),
+            checks: BTreeMap::new(),
+            given: VecDeque::new(),
+            body: None,
             asked_for_state: 0,
             got_state: false,
         }
@@ -204,6 +249,12 @@ impl Fetch {
     /// The servers that were asked for ids and gave none, with their reasons.
     pub fn failures(&self) -> &[(ServerName, Unfetched)] {
         &self.failures
+    }
+
+    /// Whether more of a body is of use now, or would only pile up.
+    pub fn wants_parts(&self) -> bool {
+        let storing = matches!(self.stage, Stage::Storing(..));
+        self.checks.len() < CHECKS_MAX && !(storing && self.waiting.len() >= self.flush_at)
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -252,14 +303,17 @@ impl Fetch {
                     return self.think(out, now);
                 }
             }
-            (Stage::State(t), Input::Part { ticket, pdus, .. }) if t == ticket => {
-                self.stage = Stage::State(t);
-                self.check(pdus, out);
+            (stage, Input::Part { ticket, pdus, .. }) => {
+                self.stage = stage;
+                if self.body == Some(ticket) {
+                    self.check(pdus, out);
+                }
             }
-            (Stage::State(t), Input::Answered { ticket, answer, .. }) if t == ticket => {
+            (stage, Input::Answered { ticket, answer, .. }) if self.body == Some(ticket) => {
                 // Whatever came counts. What an answer lacked that came to its end is asked for singly.
+                self.stage = stage;
                 self.got_state |= answer.is_ok();
-                self.stage = Stage::Thinking;
+                self.body = None;
                 return self.think_if_idle(out, now);
             }
             (Stage::Events(asks, queue), Input::Answered { ticket, answer, .. }) => {
@@ -272,8 +326,9 @@ impl Fetch {
             }
             (stage, Input::Checked { ticket, pdus }) => {
                 self.stage = stage;
-                if self.checks.remove(&ticket) {
-                    self.on_checked(pdus);
+                if let Some(section) = self.checks.remove(&ticket) {
+                    self.on_checked(section, pdus);
+                    self.feed(out);
                     return self.think_if_idle(out, now);
                 }
             }
@@ -317,12 +372,42 @@ impl Fetch {
 
     fn check(&mut self, pdus: Vec<RawPdu>, out: &mut Outbox) {
         if !pdus.is_empty() {
-            self.checks.insert(out.check(self.version, pdus));
+            self.checks.insert(out.check(self.version, pdus), None);
         }
     }
 
-    fn on_checked(&mut self, pdus: Vec<Result<Arc<Pdu>, BadPdu>>) {
-        for pdu in pdus.into_iter().flatten() {
+    /// Has more of what was given checked.
+    fn feed(&mut self, out: &mut Outbox) {
+        while self.wants_parts()
+            && let Some((section, pdus)) = self.given.pop_front()
+        {
+            let check = out.check(self.version, pdus);
+            self.checks.insert(check, Some(section));
+        }
+    }
+
+    fn on_checked(&mut self, given: Option<Section>, pdus: Vec<Result<Arc<Pdu>, BadPdu>>) {
+        for pdu in pdus {
+            let (id, fault) = match &pdu {
+                Ok(pdu) => (Some(&pdu.event_id), None),
+                Err(bad) => (bad.event_id.as_ref(), Some(bad.fault)),
+            };
+            let Some(id) = id.cloned() else {
+                continue;
+            };
+            if let Some(section) = given {
+                self.wanted.insert(id.clone());
+                if section == Section::State {
+                    self.sources[0].state.push(id.clone());
+                }
+            }
+            // Nobody's copy is better as long as there is no key.
+            if fault == Some(Fault::NoKey) && self.wanted.contains(&id) {
+                self.tried.insert(id, DONORS_MAX);
+            }
+            let Ok(pdu) = pdu else {
+                continue;
+            };
             let id = &pdu.event_id;
             let asked = self.wanted.contains(id) || self.tried.contains_key(id);
             if asked && pdu.room_id == self.facts.room && !self.stored.contains_key(id) {
@@ -393,10 +478,15 @@ impl Fetch {
         sources.iter().copied().chain(others).collect()
     }
 
-    /// Thinks once nothing is on its way.
+    fn is_idle(&self) -> bool {
+        self.checks.is_empty() && self.given.is_empty() && self.body.is_none()
+    }
+
+    /// Thinks once nothing is on its way, or there is enough to be stored.
     fn think_if_idle(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
+        let ready = self.is_idle() || self.waiting.len() >= self.flush_at;
         match self.stage {
-            Stage::Thinking if self.checks.is_empty() => self.think(out, now),
+            Stage::Thinking if ready && !self.facts.is_waiting() => self.think(out, now),
             _ => None,
         }
     }
@@ -419,9 +509,10 @@ impl Fetch {
                 self.asked_for_state += 1;
                 let room = self.facts.room.clone();
                 let ask = Ask::State { room, event_id };
-                self.stage = Stage::State(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
+                self.body = Some(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
                 None
             }
+            Thought::Wait => None,
             Thought::AskEvents(ids) => {
                 let (mut asks, mut queue) = (BTreeMap::new(), ids.into());
                 self.ask_events(&mut asks, &mut queue, out);
@@ -470,6 +561,9 @@ impl Fetch {
             if !events.is_empty() {
                 return Ok(Thought::Store(events));
             }
+        }
+        if !self.is_idle() {
+            return Ok(Thought::Wait);
         }
         let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
         if much
@@ -573,6 +667,7 @@ impl Fetch {
             return None;
         }
         self.stage = Stage::Thinking;
+        self.feed(out);
         self.think_if_idle(out, now)
     }
 
@@ -585,10 +680,10 @@ impl Fetch {
         {
             return Err(unreachable("it could not be asked for all events"));
         }
-        let Some(event) = &self.event else {
+        if self.sources.is_empty() {
             return Ok(self.build_events());
-        };
-        let built = self.sources.iter().map(|source| self.map_of(source, event));
+        }
+        let built = self.sources.iter().map(|source| self.map_of(source));
         let mut built = built.filter(|(map, _)| self.has_create(map));
         let Some((after, holes)) = built.next() else {
             return Err(unreachable("the state has no create event of this room"));
@@ -604,12 +699,12 @@ impl Fetch {
         })
     }
 
-    /// The map after the event: the state before it, with the event itself in it (P-18); and how many of its
-    /// events are not to be had.
-    fn map_of(&self, source: &Source, event: &EventId) -> (StateMap, usize) {
+    /// The map after the event: the state before it, with the event itself in it (P-18), unless that is our
+    /// join; and how many of its events are not to be had.
+    fn map_of(&self, source: &Source) -> (StateMap, usize) {
         let mut after = StateMap::new();
         let mut holes = 0;
-        for id in source.state.iter().chain([event]) {
+        for id in source.state.iter().chain(&self.event) {
             match self.stored.get(id) {
                 Some(found) if found.known.rejected => {}
                 Some(found) => {
@@ -662,6 +757,8 @@ enum Thought {
     Store(Vec<NewEvent>),
     AskState(EventId),
     AskEvents(Vec<EventId>),
+    /// More is on its way.
+    Wait,
     Done(Result<Fetched, Unfetched>),
 }
 

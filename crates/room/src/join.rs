@@ -22,10 +22,12 @@ use crate::effect::{
 use crate::facts::Facts;
 use crate::outbox::Outbox;
 use crate::refusal::Refusal;
+use crate::rest::Rest;
 use crate::template::{self, Member, Order, Own};
 use crate::write::{IntentChange, WriteSet};
 
 mod answer;
+mod held;
 
 use answer::{Conclusion, Reply};
 
@@ -37,6 +39,8 @@ const SEND_STALL_MAX: Duration = Duration::from_secs(120);
 const SEND_TIMEOUT: Duration = Duration::from_secs(900);
 /// With [`JoinOptions::race_send_join`]: how long a server may be silent before the next one hears too.
 const RACE_AFTER: Duration = Duration::from_secs(3);
+/// Checks of one body that run at the same time; while there are this many, no more of it is taken.
+const CHECKS_MAX: usize = 4;
 /// For auth events that the answer left out (J-64).
 const EVENT_AUTH_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -57,6 +61,12 @@ pub struct JoinRequest {
 pub struct JoinOptions {
     /// Send to a second server when the first has not begun to answer after three seconds.
     pub race_send_join: bool,
+    /// Of a full answer to a join that asked for a partial one, verify this many members before the user
+    /// is in, and the others behind (O-49). `None`: all.
+    pub members_first: Option<usize>,
+    /// When an answer has events that are badly signed, or lack auth events, ask other servers for them
+    /// behind the user (J-59).
+    pub ask_for_left_out: bool,
 }
 
 /// What the store knows of a join that a crash interrupted ([`IntentChange::Intend`]).
@@ -175,7 +185,8 @@ enum Wait {
     Facts,
     AuthEvents(Ticket),
     AuthEventsChecked(Ticket),
-    Stored(Ticket, bool),
+    /// The commit, whether it makes the room partial, and what follows then.
+    Stored(Ticket, bool, Option<Box<Rest>>),
 }
 
 /// The failed join's record is being settled.
@@ -329,6 +340,13 @@ impl Machine for Join {
 
     fn poll_effect(&mut self) -> Option<Effect> {
         self.out.next()
+    }
+
+    fn wants_parts(&self) -> bool {
+        match &self.state {
+            State::Sending(s) => s.attempts.values().all(|a| a.reply.checks() < CHECKS_MAX),
+            _ => true,
+        }
     }
 
     fn deadline(&self) -> Option<Duration> {
@@ -659,8 +677,12 @@ impl Join {
             }
             attempt.silent = false;
             attempt.heard_at = now.since_start;
-            let check = self.out.check(s.signed.pdu.version, pdus);
-            attempt.reply.await_part(check, section);
+            let members_first = self.options.members_first.filter(|_| s.omit_members);
+            let pdus = attempt.reply.sort(section, pdus, members_first);
+            if !pdus.is_empty() {
+                let check = self.out.check(s.signed.pdu.version, pdus);
+                attempt.reply.await_part(check, section);
+            }
         }
         State::Sending(s)
     }
@@ -721,7 +743,19 @@ impl Join {
 
     /// Goes on to the conclusion once the whole body is here and verified.
     fn settle_attempt(&mut self, mut s: Sending, ticket: Ticket, now: Now) -> State {
-        if !s.attempts[&ticket].reply.complete() {
+        let attempt = s
+            .attempts
+            .get_mut(&ticket)
+            .expect("the caller looked it up");
+        if !attempt.reply.complete() {
+            return State::Sending(s);
+        }
+        let needed = attempt.reply.release(&s.signed);
+        if !needed.is_empty() {
+            for (section, pdus) in needed {
+                let check = self.out.check(s.signed.pdu.version, pdus);
+                attempt.reply.await_part(check, section);
+            }
             return State::Sending(s);
         }
         let attempt = s.attempts.remove(&ticket).expect("just looked at");
@@ -803,7 +837,7 @@ fn again_in_full(s: &mut Sending, target: Target) {
 
 impl Join {
     fn on_conclusion(&mut self, mut s: Box<Concluding>, input: Input, now: Now) -> State {
-        match (&s.wait, input) {
+        match (&mut s.wait, input) {
             (Wait::Facts, Input::Loaded { ticket, loaded }) => {
                 let heard_all = s.facts.hear(ticket, loaded);
                 if heard_all {
@@ -822,10 +856,14 @@ impl Join {
                 s.reply.add_to_chain(pdus);
                 return self.conclude(s, now);
             }
-            (Wait::Stored(t, partial), Input::Committed { ticket, outcome }) if *t == ticket => {
-                let partial = *partial;
+            (Wait::Stored(t, partial, rest), Input::Committed { ticket, outcome })
+                if *t == ticket =>
+            {
                 return match outcome {
-                    Ok(()) => self.joined(&s.sending.signed, partial),
+                    Ok(()) => {
+                        let (partial, rest) = (*partial, rest.take());
+                        self.joined(&s.sending.signed, partial, rest)
+                    }
                     Err(_) => {
                         s.facts.forget();
                         self.conclude(s, now)
@@ -840,7 +878,10 @@ impl Join {
     fn conclude(&mut self, mut s: Box<Concluding>, now: Now) -> State {
         s.wait = Wait::Facts;
         let signed = &s.sending.signed;
-        let conclusion = match s.reply.conclude(&self.request, signed, &mut s.facts) {
+        let conclusion = match s
+            .reply
+            .conclude(&self.request, &self.options, signed, &mut s.facts)
+        {
             Ok(conclusion) => conclusion,
             Err(lacking) => {
                 s.facts.request(lacking, &mut self.out);
@@ -848,8 +889,12 @@ impl Join {
             }
         };
         match conclusion {
-            Conclusion::Store { writes, partial } => {
-                s.wait = Wait::Stored(self.out.commit(*writes), partial);
+            Conclusion::Store {
+                writes,
+                partial,
+                rest,
+            } => {
+                s.wait = Wait::Stored(self.out.commit(*writes), partial, rest);
                 State::Concluding(s)
             }
             Conclusion::AskForAuthEvents => {
@@ -871,20 +916,22 @@ impl Join {
                     omit_members: s.reply.omit_members(),
                 };
                 self.note(&target.server, Failure::Unreachable { reason });
+                // Nothing is put off twice: maybe what was held is what it lacked.
+                self.options.members_first = None;
                 again_in_full(&mut sending, target);
                 self.send_next(sending, now)
             }
         }
     }
 
-    fn joined(&mut self, signed: &Signed, partial: bool) -> State {
+    fn joined(&mut self, signed: &Signed, partial: bool, rest: Option<Box<Rest>>) -> State {
         let room = self.request.room.clone();
         self.out.tell(Tell::Progress {
             room: room.clone(),
             step: Step::Usable { partial },
         });
         if partial {
-            self.out.tell(Tell::StartResync { room });
+            self.out.tell(Tell::StartResync { room, rest });
         }
         self.done(Ok(Joined {
             event_id: signed.pdu.event_id.clone(),

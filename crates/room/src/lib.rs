@@ -27,6 +27,7 @@ pub mod leave;
 pub mod receive;
 pub mod refusal;
 pub mod resident;
+pub mod rest;
 pub mod restricted;
 pub mod resync;
 pub mod send;

@@ -14,13 +14,14 @@ use protocol::state::StateMap;
 
 use crate::chance::Chance;
 use crate::effect::{
-    Effect, Extremity, Head, Input, Load, Loaded, Machine, Now, ReadyEvent, StateAt, Step,
-    StoredEvent, Tell, Ticket,
+    Effect, Extremity, Head, Input, Load, Loaded, Machine, Now, PartialMarker, ReadyEvent, StateAt,
+    Step, StoredEvent, Tell, Ticket,
 };
 use crate::facts::{self, Facts, Got, both};
 use crate::fetch::{Fetch, Fetched, Unfetched};
 use crate::judge;
 use crate::outbox::Outbox;
+use crate::rest::Rest;
 use crate::template::Own;
 use crate::write::{EventState, PartialChange, Rejudged, Verdict, WriteSet};
 
@@ -63,6 +64,10 @@ pub struct Resync {
     facts: Facts,
     /// States after unknown prev events, as far as fetched. In memory only: their events are stored.
     fetched: BTreeMap<EventId, Fetched>,
+    /// What the answer to a join gave, and is to be stored instead of asking for a state.
+    given: Option<Box<Rest>>,
+    /// The state before a join, out of the answer to it.
+    answered: BTreeMap<EventId, Fetched>,
     /// Who is still to be asked in this round.
     sources: Vec<ServerName>,
     round: Option<Round>,
@@ -76,12 +81,20 @@ pub struct Resync {
 
 enum State {
     Thinking,
-    Fetching(Box<Fetch>, EventId),
+    Fetching(Box<Fetch>, Goal),
     Storing(Ticket, Stored),
     Resting(Duration),
     /// Looking up the hosts for another round.
     Rounding(Ticket, EventId),
     Done,
+}
+
+/// Which state is being fetched.
+enum Goal {
+    /// That after this event, which is not here.
+    After(EventId),
+    /// That before this join of ours.
+    Before(EventId),
 }
 
 /// What the running commit means.
@@ -110,6 +123,8 @@ impl Resync {
             facts: Facts::new(room.clone()),
             room,
             fetched: BTreeMap::new(),
+            given: None,
+            answered: BTreeMap::new(),
             sources: Vec::new(),
             round: None,
             rounds_failed: 0,
@@ -120,6 +135,12 @@ impl Resync {
         };
         this.think(now);
         this
+    }
+
+    /// A join's answer has more than was stored at once, so nobody need be asked.
+    pub fn take(&mut self, rest: Box<Rest>, now: Now) {
+        self.given = Some(rest);
+        self.retry(now);
     }
 
     /// Somebody knows a server that may do better: it is asked next, instead of whoever is being asked or
@@ -156,10 +177,15 @@ impl Machine for Resync {
                     self.think(now);
                 }
             }
-            (State::Fetching(mut fetch, event), input) => {
-                match fetch.handle(input, &mut self.out, now) {
-                    Some(fetched) => self.on_fetched(event, fetch, fetched, now),
-                    None => self.state = State::Fetching(fetch, event),
+            (State::Fetching(mut fetch, goal), input) => {
+                match (fetch.handle(input, &mut self.out, now), goal) {
+                    (None, goal) => self.state = State::Fetching(fetch, goal),
+                    (Some(fetched), Goal::After(event)) => {
+                        self.on_fetched(event, fetch, fetched, now);
+                    }
+                    (Some(fetched), Goal::Before(join)) => {
+                        self.on_taken(join, &fetch, fetched, now);
+                    }
                 }
             }
             (State::Rounding(t, event), Input::Loaded { ticket, loaded }) if t == ticket => {
@@ -177,6 +203,13 @@ impl Machine for Resync {
 
     fn poll_effect(&mut self) -> Option<Effect> {
         self.out.next()
+    }
+
+    fn wants_parts(&self) -> bool {
+        match &self.state {
+            State::Fetching(fetch, _) => fetch.wants_parts(),
+            _ => true,
+        }
     }
 
     fn deadline(&self) -> Option<Duration> {
@@ -199,6 +232,8 @@ enum Plan {
     AlreadyFull,
     /// The state after this event is needed.
     Fetch(Arc<Head>, EventId),
+    /// What the answer to our join gave is needed.
+    Take(Arc<Head>),
     Commit(Box<WriteSet>, Stored),
     /// A handshake of ours runs, so the marker stays for now; or a prev event turned partial meanwhile.
     Wait,
@@ -213,7 +248,12 @@ impl Resync {
 
     fn think(&mut self, now: Now) {
         self.state = State::Thinking;
-        match plan(&mut self.facts, &self.fetched) {
+        let here = Here {
+            fetched: &self.fetched,
+            answered: &self.answered,
+            given: self.given.as_deref(),
+        };
+        match plan(&mut self.facts, &here) {
             Err(lacking) => self.facts.request(lacking, &mut self.out),
             Ok(Plan::Gone) => self.done(Resynced::Gone),
             Ok(Plan::AlreadyFull) => self.done(Resynced::Full),
@@ -222,6 +262,7 @@ impl Resync {
             }
             Ok(Plan::Wait) => self.state = State::Resting(now.since_start + HANDSHAKE_REST),
             Ok(Plan::Fetch(head, event)) => self.fetch(&head, event, now),
+            Ok(Plan::Take(head)) => self.take_given(&head, now),
         }
     }
 
@@ -268,25 +309,66 @@ impl Resync {
             return self.end_round(nobody, head.version, now);
         }
         let source = self.sources.remove(0);
+        let donors = self.donors(&source, marker);
+        let room = self.room.clone();
+        let compare = self.options.compare_donors;
+        let (version, wanted) = (head.version, event.clone());
+        let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out);
+        self.state = State::Fetching(Box::new(fetch), Goal::After(event));
+        self.tell(Step::Resyncing {
+            from: source,
+            have: 0,
+            want: 0,
+        });
+    }
+
+    fn donors(&self, first: &ServerName, marker: &PartialMarker) -> Vec<ServerName> {
         let mut seen = BTreeSet::new();
-        let donors = std::iter::once(&source)
+        std::iter::once(first)
             .chain(&self.sources)
             .chain([&marker.joined_via])
             .chain(&marker.servers_in_room)
             .filter(|server| **server != self.own.name && seen.insert((*server).clone()))
             .take(SOURCES_MAX)
             .cloned()
-            .collect();
-        let room = self.room.clone();
-        let compare = self.options.compare_donors;
-        let (version, wanted) = (head.version, event.clone());
-        let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out);
-        self.state = State::Fetching(Box::new(fetch), event);
+            .collect()
+    }
+
+    fn take_given(&mut self, head: &Head, now: Now) {
+        let (Some(rest), Some(marker)) = (self.given.take(), &head.partial) else {
+            return self.begin_again(now);
+        };
+        let donors = self.donors(&rest.from, marker);
+        let (room, version) = (self.room.clone(), head.version);
+        let (join, from) = (rest.join.clone(), rest.from.clone());
+        let fetch = Fetch::given(room, version, *rest, donors, &mut self.out, now);
+        self.state = State::Fetching(Box::new(fetch), Goal::Before(join));
         self.tell(Step::Resyncing {
-            from: source,
+            from,
             have: 0,
             want: 0,
         });
+    }
+
+    /// If it can not be used after all, the state is asked for as ever.
+    fn on_taken(
+        &mut self,
+        join: EventId,
+        fetch: &Fetch,
+        taken: Result<Fetched, Unfetched>,
+        now: Now,
+    ) {
+        let server = fetch.source().clone();
+        match taken {
+            Ok(taken) => {
+                self.answered.insert(join, taken);
+            }
+            Err(Unfetched::Refused(reason) | Unfetched::Unreachable(reason)) => {
+                self.tell(Step::Failed { server, reason });
+            }
+        }
+        self.facts.forget();
+        self.think(now);
     }
 
     /// Servers learnt since the join are asked too, after those of the join (S-20, S-22).
@@ -408,8 +490,15 @@ impl Resync {
 
 // -- judging --------------------------------------------------------------------------------------
 
+/// The states that are here.
+struct Here<'a> {
+    fetched: &'a BTreeMap<EventId, Fetched>,
+    answered: &'a BTreeMap<EventId, Fetched>,
+    given: Option<&'a Rest>,
+}
+
 /// Looks at the rows and says what is next.
-fn plan(facts: &mut Facts, fetched: &BTreeMap<EventId, Fetched>) -> Got<Plan> {
+fn plan(facts: &mut Facts, here: &Here) -> Got<Plan> {
     let (head, ready) = both(facts.head(), facts.ready_partial(BATCH))?;
     let Some(head) = head else {
         return Ok(Plan::Gone);
@@ -419,15 +508,19 @@ fn plan(facts: &mut Facts, fetched: &BTreeMap<EventId, Fetched>) -> Got<Plan> {
     }
     let mut batch = Batch::default();
     for event in &ready {
-        let unfetched = |id: &&EventId| !fetched.contains_key(*id);
-        if let Some(wanted) = event.unknown_prevs.iter().find(unfetched) {
+        let unfetched = |id: &&EventId| !here.fetched.contains_key(*id);
+        let answered = here.answered.contains_key(&event.pdu.event_id);
+        if !answered && let Some(wanted) = event.unknown_prevs.iter().find(unfetched) {
             if batch.rejudged.is_empty() {
-                return Ok(Plan::Fetch(head, wanted.clone()));
+                return Ok(match here.given {
+                    Some(rest) if rest.join == event.pdu.event_id => Plan::Take(head),
+                    _ => Plan::Fetch(head, wanted.clone()),
+                });
             }
             batch.cut_short = true;
             break;
         }
-        if !batch.judge(facts, &head, event, fetched)? {
+        if !batch.judge(facts, &head, event, here)? {
             batch.cut_short = true;
             break;
         }
@@ -467,8 +560,13 @@ impl Batch {
         facts: &mut Facts,
         head: &Head,
         event: &ReadyEvent,
-        fetched: &BTreeMap<EventId, Fetched>,
+        here: &Here,
     ) -> Got<bool> {
+        if let Some(answered) = here.answered.get(&event.pdu.event_id) {
+            let before = facts.resolve(head.version, answered.maps().collect())?;
+            self.settle(facts, head, event, before)?;
+            return Ok(true);
+        }
         let prevs = facts.states(&event.known_prevs)?;
         let partial = prevs.iter().zip(&event.known_prevs).any(|(at, nid)| {
             !self.events.contains_key(nid) && at.as_ref().is_none_or(|at| at.partial)
@@ -480,7 +578,7 @@ impl Batch {
         let unknown = event.unknown_prevs.iter();
         maps.extend(
             unknown
-                .filter_map(|id| fetched.get(id))
+                .filter_map(|id| here.fetched.get(id))
                 .flat_map(Fetched::maps),
         );
         let before = facts.resolve(head.version, maps)?;

@@ -58,6 +58,8 @@ pub const SETTINGS: &[Setting] = settings! {
     "limits.enabled" = "true", "Rate limits on logins, registrations, messages and joins.";
     "limits.full_state_wait_seconds" = "120", "How long a request that needs every member of a room may wait while the room is being completed.";
     "join.race_send_join" = "true", "Send a join to a second server when the first is silent for some seconds.";
+    "join.members_first" = "1000", "When a server gives all members of a room at the join, this many are verified before the user is in, and the others behind.";
+    "join.ask_for_left_out" = "true", "Ask other servers for events that an answer to a join has badly signed, or without their auth events.";
     "join.compare_donors" = "true", "Ask two servers for the full state of a room, and believe neither alone when they differ.";
     "join.tell_missed_servers" = "true", "After a resync, send our newest event to servers that it found in the room, so that they can ask for the rest.";
     "join.verification" = "\"batch\"", "\"batch\" verifies signatures in exact batches, \"single\" one at a time.";
@@ -175,6 +177,8 @@ pub struct Limits {
 #[serde(deny_unknown_fields)]
 pub struct Join {
     pub race_send_join: bool,
+    pub members_first: usize,
+    pub ask_for_left_out: bool,
     pub compare_donors: bool,
     pub tell_missed_servers: bool,
     pub verification: Verification,

@@ -280,6 +280,8 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
     config.full_state_wait_max = Duration::from_secs(settings.limits.full_state_wait_seconds);
     config.join = JoinSettings {
         race_send_join: settings.join.race_send_join,
+        members_first: settings.join.members_first,
+        ask_for_left_out: settings.join.ask_for_left_out,
         compare_donors: settings.join.compare_donors,
         tell_missed_servers: settings.join.tell_missed_servers,
         batch_verification: settings.join.verification == Verification::Batch,

@@ -3,23 +3,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use protocol::id::{EventId, ServerName};
+use protocol::id::{EventId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
-use super::{JoinRequest, Signed};
+use super::held::Held;
+use super::{JoinOptions, JoinRequest, Signed};
 use crate::effect::{
-    BadPdu, Extremity, Found, Head, PartialMarker, Place, Section, SentJoin, StateKey, StoredEvent,
-    Ticket,
+    BadPdu, Extremity, Fault, Found, Head, PartialMarker, Place, RawPdu, Section, SentJoin,
+    StateKey, StoredEvent, Ticket,
 };
 use crate::facts::{self, Facts, Got, auth_keys, both};
+use crate::rest::Rest;
 use crate::sift::{self, Pdus, Sifted};
 use crate::write::{EventState, FanOut, IntentChange, NewEvent, PartialChange, Verdict, WriteSet};
 
 /// Servers kept of `servers_in_room`; more would make every local event a broadcast to nowhere.
 const SERVERS_MAX: usize = 50_000;
+/// Events with a wrong signature that others are asked for.
+const FORGED_MAX: usize = 1000;
 
 /// One answer, as far as it has come in.
 pub(super) struct Reply {
@@ -31,6 +35,9 @@ pub(super) struct Reply {
     state: Vec<EventId>,
     pdus: Pdus,
     bad: u64,
+    /// Bad ones of which another copy may be good, by section.
+    forged: Vec<(Section, EventId)>,
+    held: Held,
     /// What was wrong with the first of the bad ones.
     fault: Option<String>,
     end: Option<SentJoin>,
@@ -43,6 +50,8 @@ pub(super) enum Conclusion {
     Store {
         writes: Box<WriteSet>,
         partial: bool,
+        /// What is to be looked at behind the user.
+        rest: Option<Box<Rest>>,
     },
     /// Auth events of our join are missing (J-64).
     AskForAuthEvents,
@@ -70,6 +79,8 @@ impl Reply {
             state: Vec::new(),
             pdus: Pdus::new(),
             bad: 0,
+            forged: Vec::new(),
+            held: Held::default(),
             fault: None,
             end: None,
             event: None,
@@ -87,6 +98,68 @@ impl Reply {
 
     pub fn len(&self) -> u64 {
         self.pdus.len() as u64 + self.bad
+    }
+
+    /// Sorts a part of the body: what is to be checked at once comes back. With `members_first` the members
+    /// beyond that many are held.
+    pub fn sort(
+        &mut self,
+        section: Section,
+        pdus: Vec<RawPdu>,
+        members_first: Option<usize>,
+    ) -> Vec<RawPdu> {
+        match members_first {
+            Some(pass) => self.held.sort(section, pdus, pass),
+            None => pdus,
+        }
+    }
+
+    /// Of what is held, that which must be checked before the answer can be judged; by section.
+    pub fn release(&mut self, signed: &Signed) -> Vec<(Section, Vec<RawPdu>)> {
+        if self.held.is_empty() {
+            return Vec::new();
+        }
+        let omitted = self.end.as_ref().is_some_and(|end| end.members_omitted);
+        let released = match omitted {
+            // These are the few that are needed, or ought to be.
+            true => self.held.release_all(),
+            false => {
+                let mut users = self.users_needed(signed);
+                users.extend(self.held.users_of(&signed.pdu.sender.server_name()));
+                self.held.release(&users)
+            }
+        };
+        let (state, chain): (Vec<_>, Vec<_>) = released
+            .into_iter()
+            .partition(|(section, _)| *section == Section::State);
+        [(Section::State, state), (Section::AuthChain, chain)]
+            .into_iter()
+            .filter(|(_, pdus)| !pdus.is_empty())
+            .map(|(section, pdus)| (section, pdus.into_iter().map(|(_, pdu)| pdu).collect()))
+            .collect()
+    }
+
+    /// Whose memberships the auth rules look at for what is here (J-62), and those of our own users, for
+    /// their clients.
+    fn users_needed(&self, signed: &Signed) -> BTreeSet<Arc<str>> {
+        let mut users: BTreeSet<Arc<str>> = BTreeSet::new();
+        let missing = |id: &EventId| !self.pdus.contains_key(id);
+        for pdu in self.pdus.values() {
+            if pdu.auth_events.iter().any(missing) {
+                users.insert(pdu.sender.as_str().into());
+                users.extend(pdu.state_key.clone());
+            }
+        }
+        let join = &signed.pdu;
+        users.insert(join.sender.as_str().into());
+        let authorising = join.content_get_str("join_authorised_via_users_server");
+        users.extend(authorising.map(|user| user.as_ref().into()));
+        users
+    }
+
+    /// How many checks of it run.
+    pub fn checks(&self) -> usize {
+        self.checks.len()
     }
 
     pub fn await_part(&mut self, check: Ticket, section: Section) {
@@ -120,6 +193,12 @@ impl Reply {
                 // Left out; the join goes on (J-59).
                 Err(bad) => {
                     self.bad += 1;
+                    if bad.fault == Fault::Signature
+                        && self.forged.len() < FORGED_MAX
+                        && let Some(id) = bad.event_id
+                    {
+                        self.forged.push((section, id));
+                    }
                     self.fault.get_or_insert(bad.reason);
                 }
             }
@@ -153,6 +232,8 @@ struct Room {
     join: Arc<Pdu>,
     create: Arc<Pdu>,
     partial: bool,
+    /// Whether it is partial by our own choice.
+    put_off: bool,
     servers: Vec<ServerName>,
 }
 
@@ -161,10 +242,11 @@ impl Reply {
     pub fn conclude(
         &self,
         request: &JoinRequest,
+        options: &JoinOptions,
         signed: &Signed,
         facts: &mut Facts,
     ) -> Got<Conclusion> {
-        let room = match self.inspect(request, signed) {
+        let mut room = match self.inspect(request, signed) {
             Ok(room) => room,
             Err(conclusion) => return Ok(conclusion),
         };
@@ -191,6 +273,10 @@ impl Reply {
         let create = Some(&room.create);
         let sifted = sift::sift(room.version, &request.room, &self.pdus, &stored, create);
         publish(&sifted, facts);
+        let lacks = !self.forged.is_empty() || !sifted.left_out.is_empty();
+        if lacks && options.ask_for_left_out && !room.partial && !(in_room && full_here) {
+            self.put_off(&mut room);
+        }
         let auth = match self.join_auth(&room, &sifted, &stored, facts) {
             Ok(auth) => auth,
             Err(conclusion) => return Ok(conclusion),
@@ -207,11 +293,47 @@ impl Reply {
         if let Err(reason) = passes {
             return Ok(Conclusion::Rejected(reason));
         }
+        let rest = room.put_off.then(|| Box::new(self.rest(&room, &sifted)));
         let writes = self.writes(request, &room, sifted, &standing, facts)?;
         Ok(Conclusion::Store {
             partial: room.partial,
             writes: Box::new(writes),
+            rest,
         })
+    }
+
+    /// Not all of a full answer is here, or not so far: the room is opened as if the members had been left
+    /// out.
+    fn put_off(&self, room: &mut Room) {
+        let joined = self.state.iter().filter_map(|id| {
+            let pdu = &self.pdus[id];
+            let user = pdu.state_key.as_deref()?;
+            (pdu.membership() == Some("join")).then(|| UserId::parse(user).ok())?
+        });
+        room.put_off = true;
+        room.partial = true;
+        room.servers.extend(
+            joined
+                .map(|user| user.server_name())
+                .chain(self.held.servers().iter().cloned()),
+        );
+    }
+
+    fn rest(&self, room: &Room, sifted: &Sifted) -> Rest {
+        let bad_state = self.forged.iter().filter(|(s, _)| *s == Section::State);
+        let bad_state = bad_state.map(|(_, id)| id.clone());
+        Rest {
+            join: room.join.event_id.clone(),
+            from: self.server.clone(),
+            state: self.state.iter().cloned().chain(bad_state).collect(),
+            bad: self.forged.iter().map(|(_, id)| id.clone()).collect(),
+            left_out: sifted
+                .left_out
+                .iter()
+                .map(|id| self.pdus[id].clone())
+                .collect(),
+            held: self.held.rest().collect(),
+        }
     }
 
     /// J-53, with what may be the reason: nobody's keys to be had, say.
@@ -246,13 +368,18 @@ impl Reply {
         if end.members_omitted && servers.is_empty() {
             return bad("members are omitted, and no servers named");
         }
-        Ok(Room {
+        let mut room = Room {
             version,
             join,
             create,
             partial: end.members_omitted,
+            put_off: false,
             servers,
-        })
+        };
+        if !self.held.is_empty() {
+            self.put_off(&mut room);
+        }
+        Ok(room)
     }
 
     /// J-51, J-52: the join as the resident holds it.
@@ -489,6 +616,7 @@ fn here_already(request: &JoinRequest, room: &Room, facts: &Facts) -> Got<Option
     Ok(Some(Conclusion::Store {
         writes: Box::new(writes),
         partial: found.known.partial,
+        rest: None,
     }))
 }
 

@@ -56,6 +56,7 @@ impl Server {
         config.media_path = media.path().to_owned();
         // As in the tests of Complement: the residents know only the handshake and the resync.
         config.join.race_send_join = false;
+        config.join.ask_for_left_out = false;
         config.join.compare_donors = false;
         config.join.tell_missed_servers = false;
         change(&mut config);
