@@ -18,4 +18,5 @@ mod resync;
 mod sync;
 mod verdicts;
 mod waiting;
+mod whole;
 mod world;

@@ -56,6 +56,12 @@ struct Script {
     /// Joins are let in by charlie, who is named in them; the joining server has the room already, so it is
     /// given all of it.
     authorises: bool,
+    /// It has never heard of partial answers, as most servers have not.
+    gives_all: bool,
+    keys: Option<Gate>,
+    /// Its copy of this event is badly signed.
+    forged: Option<EventId>,
+    history: bool,
 }
 
 struct ServedState {
@@ -133,6 +139,7 @@ impl Resident {
             .route(&v1("/state_ids/{room}"), get(state_ids))
             .route(&v1("/state/{room}"), get(whole_state))
             .route(&v1("/get_missing_events/{room}"), post(missing_events))
+            .route(&v1("/backfill/{room}"), get(backfill))
             .route(&v1("/send/{txn}"), put(transaction))
             .route(&v1("/user/devices/{user}"), get(user_devices))
             .route(&v1("/user/keys/query"), post(keys_query))
@@ -239,6 +246,23 @@ impl Resident {
     /// From here on joins stand on a word of charlie's, and are answered in full.
     pub fn authorise_joins(&self) {
         self.script.lock().unwrap().authorises = true;
+    }
+
+    /// It ignores `omit_members`, and does not name the servers in the room.
+    pub fn give_all_members(&self) {
+        self.script.lock().unwrap().gives_all = true;
+    }
+
+    pub fn hold_keys(&self, gate: &Gate) {
+        self.script.lock().unwrap().keys = Some(gate.clone());
+    }
+
+    pub fn forge(&self, event: &Pdu) {
+        self.script.lock().unwrap().forged = Some(event.event_id.clone());
+    }
+
+    pub fn serve_history(&self) {
+        self.script.lock().unwrap().history = true;
     }
 
     // -- What was heard --------------------------------------------------------------------------
@@ -476,6 +500,10 @@ async fn unexpected(State(here): Here, request: Request) -> Refusal {
 }
 
 async fn keys(State(here): Here) -> Json<Value> {
+    let gate = here.script.lock().unwrap().keys.clone();
+    if let Some(gate) = gate {
+        gate.pass().await;
+    }
     let object = federation::server_keys::own(&here.name, &here.key, &[], now_ms());
     Json(Value::Object(object))
 }
@@ -534,15 +562,16 @@ async fn send_join(
     Query(omit): Query<Omit>,
     body: String,
 ) -> Reply {
-    let (alone, authorises, gate) = {
+    let (alone, authorises, gives_all, gate) = {
         let script = here.script.lock().unwrap();
         let gate = script.send_join.clone();
-        (script.alone, script.authorises, gate)
+        (script.alone, script.authorises, script.gives_all, gate)
     };
     let omitted = omit.omit_members.as_deref() == Some("true");
     if omitted == authorises {
         return Err(here.fault(format!("a send_join with members omitted: {omitted}")));
     }
+    let omitted = omitted && !gives_all;
     here.note("send_join".to_owned());
     let room = here.room(&room)?;
     let join = Arc::new(here.read(&body));
@@ -558,15 +587,34 @@ async fn send_join(
         gate.pass().await;
     }
     let mut answer = json!({
-        "state": bodies(&state),
-        "auth_chain": bodies(&auth_chain),
-        "members_omitted": omitted,
-        "servers_in_room": servers,
+        "state": here.copies(&state),
+        "auth_chain": here.copies(&auth_chain),
     });
+    if !gives_all {
+        answer["members_omitted"] = omitted.into();
+        answer["servers_in_room"] = json!(servers);
+    }
     if authorises {
         answer["event"] = bodies(&[join]).remove(0);
     }
     Ok(Json(answer))
+}
+
+impl Resident {
+    /// Its own copies of these, one of which may be badly signed.
+    fn copies(&self, pdus: &[Arc<Pdu>]) -> Vec<Value> {
+        let forged = self.script.lock().unwrap().forged.clone();
+        let mut copies = bodies(pdus);
+        for (copy, pdu) in copies.iter_mut().zip(pdus) {
+            if Some(&pdu.event_id) == forged.as_ref() {
+                let signatures = copy["signatures"][pdu.sender.server_name().as_str()].take();
+                let (id, _) = signatures.as_object().unwrap().iter().next().unwrap();
+                let wrong = "A".repeat(86);
+                copy["signatures"][pdu.sender.server_name().as_str()] = json!({ id: wrong });
+            }
+        }
+        copies
+    }
 }
 
 fn bodies(pdus: &[Arc<Pdu>]) -> Vec<Value> {
@@ -589,7 +637,36 @@ async fn event(State(here): Here, Path(event): Path<String>) -> Reply {
     Ok(Json(json!({
         "origin": here.name,
         "origin_server_ts": now_ms(),
-        "pdus": bodies(&[pdu]),
+        "pdus": here.copies(&[pdu]),
+    })))
+}
+
+#[derive(serde::Deserialize)]
+struct Before {
+    v: String,
+}
+
+/// The event and those before it, newest first.
+async fn backfill(
+    State(here): Here,
+    Path(room): Path<String>,
+    Query(before): Query<Before>,
+) -> Reply {
+    if !here.script.lock().unwrap().history {
+        return Err(here.fault(format!("backfill from {}", before.v)));
+    }
+    let room = here.room(&room)?;
+    let mut next = EventId::parse(&before.v).ok();
+    let events = std::iter::from_fn(|| {
+        let pdu = room.event(&next.take()?)?;
+        next = pdu.prev_events.first().cloned();
+        Some(pdu)
+    });
+    let events: Vec<_> = events.collect();
+    Ok(Json(json!({
+        "origin": here.name,
+        "origin_server_ts": now_ms(),
+        "pdus": bodies(&events),
     })))
 }
 
