@@ -1,8 +1,10 @@
 //! The handshake when it is cut off: taken back, or caught by a restart.
 
+use room::effect::PartialMarker;
+use room::write::{PartialChange, WriteSet};
 use serde_json::json;
 
-use crate::dag::member;
+use crate::dag::{VERSION, member};
 use crate::resident::Gate;
 use crate::world::{Begun, Stage, User, until};
 
@@ -117,4 +119,40 @@ async fn o_48_an_administrator_names_a_server_to_join_through() {
     second.asked("send_join").await;
     stage.end(&alice).await;
     second.leave_of(&alice.id).await;
+}
+
+/// A marker and its join are one commit here; another version of this server may have left one without.
+#[tokio::test]
+async fn s_35_a_marker_without_its_join_is_gone_after_a_restart() {
+    let stage = Stage::set().await;
+    let mut writes = WriteSet::new(stage.room.id.clone(), VERSION);
+    writes.partial = PartialChange::Mark(PartialMarker {
+        servers_in_room: vec![stage.resident.name.clone()],
+        joined_via: stage.resident.name.clone(),
+        join_event: stage.room.tip().event_id.clone(),
+        device_lists_at: 0,
+    });
+    let store = stage.here.store();
+    storage::apply::apply(&store, writes)
+        .await
+        .unwrap()
+        .unwrap();
+    let partial = async || {
+        store
+            .read(storage::rooms::partial_rooms)
+            .await
+            .unwrap()
+            .len()
+    };
+    assert_eq!(partial().await, 1);
+
+    stage.here.restart().await;
+    until("the end of the marker", async || {
+        (partial().await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(stage.resident.take_asked("state"), 0);
+    let alice = stage.here.register("alice").await;
+    stage.join(&alice).await;
+    stage.end(&alice).await;
 }

@@ -73,6 +73,10 @@ impl Server {
         }
     }
 
+    pub fn store(&self) -> Store {
+        self.homeserver.lock().unwrap().store().clone()
+    }
+
     /// Ends this life of the server, and begins another one with the same store.
     pub async fn restart(&self) {
         let before = self.homeserver.lock().unwrap().clone();
