@@ -46,7 +46,7 @@ pub fn state_from_events(entries: &[(KeyNid, EventNid)]) -> StateMap {
 
 /// The events for which it matters whether they are in the set's `shared`: those in the auth chains of some
 /// of the disputed entries that are not in those of all maps and not, as far as the set shows, in that of
-/// an entry that all maps agree on. Where the maps hold events that the set has not got, `also` names what
+/// an entry that all maps agree on. What stands disputed in a map is conflicted anyway. Where the maps hold events that the set has not got, `also` names what
 /// those stand on.
 pub fn in_question(maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTreeSet<EventNid> {
     let disputed = disputed(maps);
@@ -57,7 +57,8 @@ pub fn in_question(maps: &[StateMap], set: &EventSet, also: &[EventNid]) -> BTre
     }));
     if !found.is_empty() {
         let shared = shared_in_set(maps, &disputed, set);
-        found.retain(|event| !shared.contains(event));
+        let ends: BTreeSet<_> = disputed.into_values().flatten().collect();
+        found.retain(|event| !shared.contains(event) && !ends.contains(event));
     }
     found
 }

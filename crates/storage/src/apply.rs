@@ -18,7 +18,7 @@ use crate::events::{self, Standing, Status};
 use crate::rooms::{self, RoomRow};
 use crate::states::{self, Unstored};
 use crate::streams::{self, Stream};
-use crate::{Sequence, Store, devices, event_index, load, out_of_band, queues, row};
+use crate::{Sequence, Store, auth_above, devices, event_index, load, out_of_band, queues, row};
 
 /// Members whose events are looked at in one go.
 const MEMBERS_BATCH: usize = 2000;
@@ -493,7 +493,10 @@ impl Plan {
                 ]
             })
             .collect();
-        c.execute_many(INSERT_EVENT, &rows).map(drop)
+        c.execute_many(INSERT_EVENT, &rows)?;
+        let edges = new.iter().zip(&packed);
+        let edges = edges.filter_map(|(event, (auth, _))| Some((event.nid, event.key?, &**auth)));
+        auth_above::add(c, edges)
     }
 
     fn upgrade(

@@ -9,6 +9,7 @@ pub mod account_data;
 pub mod accounts;
 pub mod apply;
 pub mod appservices;
+mod auth_above;
 pub mod backup;
 pub mod blocked;
 mod cache;

@@ -16,7 +16,7 @@ use crate::cache::Body;
 use crate::driver::{Conn, Error, Result, Row};
 use crate::events::{self, Standing, Status};
 use crate::rooms::{self, RoomRow};
-use crate::{Sequence, Store, out_of_band, row, sequence, states};
+use crate::{Sequence, Store, auth_above, out_of_band, row, sequence, states};
 
 /// Answers one question. Only `Intern` writes.
 pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
@@ -362,13 +362,7 @@ fn closure(
     Ok(Loaded::Closure(set))
 }
 
-/// Entries whose auth chains are read in the first step; each further one takes four times as many.
-const AGREED_FIRST: usize = 256;
-
 /// What of the set is in the auth chain of an entry that all maps agree on, as far as it matters.
-///
-/// Mostly the newest few hundred such entries stand on all that is in question. Only for an event that
-/// nothing stands on have they all to be walked.
 fn shared(
     c: &mut dyn Conn,
     maps: &[StateMap],
@@ -376,26 +370,14 @@ fn shared(
     set: &EventSet,
     also: &[EventNid],
 ) -> Result<BTreeSet<EventNid>> {
-    let mut open = state_resolution::in_question(maps, set, also);
+    let agreed = |nid: EventNid, key: KeyNid| {
+        !differing.contains(&key) && maps.first().and_then(|map| map.get(key)) == Some(nid)
+    };
     let mut shared = BTreeSet::new();
-    if open.is_empty() {
-        return Ok(shared);
-    }
-    let mut agreed: Vec<EventNid> = maps
-        .iter()
-        .take(1)
-        .flat_map(StateMap::iter)
-        .filter(|(key, _)| !differing.contains(key))
-        .map(|(_, nid)| nid)
-        .collect();
-    agreed.sort_unstable();
-    let mut step = AGREED_FIRST;
-    while !open.is_empty() && !agreed.is_empty() {
-        let newest = agreed.split_off(agreed.len().saturating_sub(step));
-        let chains = events::auth_chain(c, &newest)?;
-        open.retain(|nid| !chains.contains(nid));
-        shared.extend(set.events.keys().filter(|nid| chains.contains(nid)));
-        step = step.saturating_mul(4);
+    for nid in state_resolution::in_question(maps, set, also) {
+        if auth_above::any_stands_on(c, nid, &agreed)? {
+            shared.insert(nid);
+        }
     }
     Ok(shared)
 }

@@ -1,5 +1,6 @@
 //! Brings a database up to date, one numbered file after another.
 
+use crate::auth_above;
 use crate::driver::{Conn, Error, Result};
 
 /// Every schema file, in order. A file that was released is never changed; a change is another file.
@@ -12,7 +13,15 @@ const FILES: &[(i64, &str, &str)] = &[
         "blocked_rooms",
         include_str!("schema/004_blocked_rooms.sql"),
     ),
+    (
+        AUTH_ABOVE,
+        "auth_above",
+        include_str!("schema/005_auth_above.sql"),
+    ),
 ];
+
+/// Its table is filled from others, which takes more than a statement.
+const AUTH_ABOVE: i64 = 5;
 
 const CREATE: &str =
     "CREATE TABLE IF NOT EXISTS migrations (number BIGINT PRIMARY KEY, name TEXT NOT NULL)";
@@ -32,6 +41,9 @@ pub(crate) fn run(c: &mut dyn Conn, dialect: fn(&str) -> String) -> Result<()> {
     for (number, name, text) in FILES.iter().filter(|(number, _, _)| *number > last) {
         for statement in statements(&dialect(text)) {
             c.execute(&statement, &[])?;
+        }
+        if *number == AUTH_ABOVE {
+            auth_above::fill(c)?;
         }
         c.execute(RECORD, &[number, name])?;
     }

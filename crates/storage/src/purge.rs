@@ -6,7 +6,7 @@ use protocol::id::RoomId;
 use protocol::nid::EventNid;
 
 use crate::driver::{Conn, Result};
-use crate::{event_index, events, rooms};
+use crate::{auth_above, event_index, events, rooms};
 
 /// Events that go in one statement.
 const BATCH: i64 = 2000;
@@ -68,6 +68,7 @@ pub fn room(c: &mut dyn Conn, room: &RoomId) -> Result<bool> {
         };
         last = *newest;
         event_index::remove(c, &found)?;
+        auth_above::remove(c, &found)?;
         for sql in BY_EVENT {
             c.execute(sql, &[&events::raw(&found)])?;
         }
@@ -75,6 +76,8 @@ pub fn room(c: &mut dyn Conn, room: &RoomId) -> Result<bool> {
         c.execute(KEEP, &[&events::raw(&kept)])?;
         c.execute(DELETE, &[&events::raw(&gone)])?;
     }
+    let owed: Vec<EventNid> = owed.into_iter().collect();
+    auth_above::add_stored(c, &owed)?;
     for sql in BY_ROOM {
         c.execute(sql, &[&row.nid])?;
     }

@@ -59,6 +59,7 @@ laws!(
     states_are_kept_at_every_event,
     texts_and_bytes_come_back_as_they_were,
     what_a_purged_room_owes_is_still_sent,
+    what_agreed_entries_stand_on_is_found_from_below,
     what_is_sent_waits_in_the_outbox,
     what_was_committed_survives_a_crash,
     what_was_partial_in_a_freed_room_is_not_trusted,

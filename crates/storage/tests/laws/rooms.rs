@@ -1,5 +1,6 @@
 //! What the machines of a room read and write.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use protocol::build::PduDraft;
@@ -9,6 +10,7 @@ use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::signature::SigningKey;
 use protocol::state::StateMap;
+use protocol::state_resolution::in_question;
 use room::effect::{Extremity, Head, Load, Loaded, PartialMarker, Place, Stale};
 use room::write::{
     EventState, FanOut, IntentChange, NewEvent, OutOfBand, PartialChange, Rejudged, Transaction,
@@ -16,6 +18,7 @@ use room::write::{
 };
 use serde_json::{Value, json};
 use storage::apply::{Applied, apply};
+use storage::driver::Conn;
 use storage::load::load;
 use storage::{Store, events, out_of_band, queues, rooms, states};
 
@@ -876,6 +879,150 @@ pub async fn a_closure_has_what_a_resolution_needs(database: &Database) {
         panic!()
     };
     assert!(dependents.iter().any(|event| event.nid == one.nid));
+}
+
+/// Both ways to the same answer: up from an event, as the store goes, and down from every entry of a state.
+pub async fn what_agreed_entries_stand_on_is_found_from_below(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let graph = auth_graph(&mut fixture).await;
+    check_shared(&fixture, &graph).await;
+    if !database.lasting {
+        return;
+    }
+    // A database that had its events before it had the table.
+    let forget = |c: &mut dyn Conn| {
+        c.execute("DROP TABLE auth_above", &[])?;
+        c.execute("DELETE FROM migrations WHERE number >= 5", &[])
+    };
+    fixture.store.write(forget).await.unwrap();
+    fixture.store = database.open().await;
+    check_shared(&fixture, &graph).await;
+}
+
+const GRAPH_EVENTS: usize = 240;
+/// So that a state has newer and older events.
+const GRAPH_KEYS: usize = 40;
+
+/// State events of which each names some before it, stored in commits of several sizes and in both places.
+async fn auth_graph(fixture: &mut Fixture) -> Vec<Made> {
+    let mut graph: Vec<Made> = Vec::new();
+    let mut dice = Dice(11);
+    while graph.len() < GRAPH_EVENTS {
+        let known = graph.len();
+        let drafts: Vec<Arc<Pdu>> = (known..known + 1 + dice.below(12))
+            .map(|n| {
+                let mut named: Vec<EventId> = (0..known.min(1 + dice.below(3)))
+                    .map(|_| {
+                        let near = dice.below(known.min(30));
+                        let far = dice.below(known);
+                        let place = if dice.below(3) > 0 {
+                            known - 1 - near
+                        } else {
+                            far
+                        };
+                        graph[place].pdu.event_id.clone()
+                    })
+                    .collect();
+                named.dedup();
+                let key = format!("{}", n % GRAPH_KEYS);
+                let prev = &fixture.tips[0].event_id;
+                let prev = std::slice::from_ref(prev);
+                let alice = "@alice:localhost";
+                fixture.draft(
+                    alice,
+                    "m.custom",
+                    Some(&key),
+                    json!({"n": n}),
+                    prev,
+                    &named,
+                    9,
+                )
+            })
+            .collect();
+        let made = fixture.intern(&drafts).await;
+        let mut writes = WriteSet::new(fixture.room.clone(), VERSION);
+        for event in &made {
+            let nowhere = EventState {
+                before: StateMap::new(),
+                after: StateMap::new(),
+                partial: false,
+            };
+            writes.events.push(match dice.below(3) {
+                0 => placed(event, nowhere),
+                _ => outlier(event),
+            });
+        }
+        fixture.commit(writes).await.unwrap();
+        graph.extend(made);
+    }
+    graph
+}
+
+async fn check_shared(fixture: &Fixture, graph: &[Made]) {
+    let mut dice = Dice(12);
+    let (mut found, mut asked) = (0, 0);
+    for _ in 0..40 {
+        let common = map_of(graph, &mut dice, GRAPH_KEYS / 2);
+        let maps: Vec<StateMap> = (0..2)
+            .map(|_| {
+                let mut map = common.clone();
+                map.extend(&map_of(graph, &mut dice, 3));
+                map
+            })
+            .collect();
+        let also = Vec::new();
+        let question = Load::Closure {
+            maps: maps.clone(),
+            also,
+        };
+        let Loaded::Closure(mut set) = fixture.load(question).await else {
+            panic!("not what was asked for");
+        };
+        let shared = std::mem::take(&mut set.shared);
+        let by_id = |id: &EventId| graph.iter().find(|made| made.pdu.event_id == *id).unwrap();
+        let mut chain = BTreeSet::new();
+        let mut open: Vec<&EventId> = Vec::new();
+        for made in graph {
+            if maps
+                .iter()
+                .all(|map| map.get(made.key.unwrap()) == Some(made.nid))
+            {
+                open.extend(&made.pdu.auth_events);
+            }
+        }
+        while let Some(id) = open.pop() {
+            let made = by_id(id);
+            if chain.insert(made.nid) {
+                open.extend(&made.pdu.auth_events);
+            }
+        }
+        for nid in in_question(&maps, &set, &[]) {
+            assert_eq!(shared.contains(&nid), chain.contains(&nid));
+            asked += 1;
+            found += usize::from(chain.contains(&nid));
+        }
+    }
+    assert!(found > 10 && asked > found + 10, "{found} of {asked}");
+}
+
+fn map_of(graph: &[Made], dice: &mut Dice, entries: usize) -> StateMap {
+    (0..entries)
+        .map(|_| &graph[dice.below(graph.len())])
+        .map(|made| (made.key.unwrap(), made.nid))
+        .collect()
+}
+
+/// SplitMix64.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % end as u64) as usize
+    }
 }
 
 pub async fn an_out_of_band_membership_ends_with_a_real_one(database: &Database) {
