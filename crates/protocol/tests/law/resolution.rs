@@ -70,12 +70,15 @@ fn id_at(world: &World, state: &StateMap, kind: &str, key: &str) -> String {
     event.map_or(String::new(), |event| world.word(event))
 }
 
-const SECOND: [RoomVersion; 4] = [
-    RoomVersion::V2,
-    RoomVersion::V6,
-    RoomVersion::V11,
-    RoomVersion::V12,
-];
+/// Versions 2 to 12.
+fn second() -> impl Iterator<Item = RoomVersion> {
+    RoomVersion::ALL.into_iter().skip(1)
+}
+
+/// Those before 2.1.
+fn second_first() -> impl Iterator<Item = RoomVersion> {
+    second().filter(|version| *version < RoomVersion::V12)
+}
 
 #[test]
 fn nothing_to_resolve() {
@@ -92,7 +95,7 @@ fn nothing_to_resolve() {
 
 #[test]
 fn a_ban_beats_what_the_banned_user_did_meanwhile() {
-    for version in SECOND {
+    for version in second() {
         let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
         world.send(member("ban", "@alice:one", "@bob:two", "ban"), &["last"]);
         world.send(topic("topic", "@bob:two", 1), &["last"]);
@@ -110,7 +113,7 @@ fn a_ban_beats_what_the_banned_user_did_meanwhile() {
 
 #[test]
 fn of_equals_the_later_wins() {
-    for version in SECOND {
+    for version in second() {
         let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
         world.send(topic("early", "@bob:two", 10), &["last"]);
         world.send(topic("late", "@alice:one", 11), &["last"]);
@@ -126,7 +129,7 @@ fn of_equals_the_later_wins() {
 
 #[test]
 fn what_stands_on_later_levels_wins_whatever_its_time() {
-    for version in SECOND {
+    for version in second() {
         let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
         world.send(topic("old", "@bob:two", 99), &["last"]);
         let mut users = json!({"@bob:two": 60});
@@ -143,7 +146,7 @@ fn what_stands_on_later_levels_wins_whatever_its_time() {
 
 #[test]
 fn the_more_powerful_goes_first_and_the_other_is_held_against_it() {
-    for version in SECOND {
+    for version in second() {
         let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
         let full = |mut users: Value| {
             if version <= RoomVersion::V11 {
@@ -160,6 +163,111 @@ fn the_more_powerful_goes_first_and_the_other_is_held_against_it() {
         let state = upon(&world, &["friends", "topic", "down"]);
         assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), "down");
         assert_eq!(id_at(&world, &state, "m.room.topic", ""), "");
+    }
+}
+
+/// Levels with which Bob and Carol may do as much as Alice, and one thing more.
+fn shared_levels(version: RoomVersion, id: &str, sender: &str, thing: &str) -> Draft {
+    let mut users = json!({"@bob:two": 100, "@carol:two": 100});
+    if version <= RoomVersion::V11 {
+        users["@alice:one"] = 100.into();
+    }
+    let content = json!({"users": users, "events": {thing: 1}});
+    state(id, sender, "m.room.power_levels", content)
+}
+
+#[test]
+fn v18_of_equal_power_the_earlier_goes_first_then_the_smaller_id() {
+    for version in second() {
+        let users = json!({"@bob:two": 100, "@carol:two": 100});
+        let mut world = room(version, users, &["@bob:two", "@carol:two"]);
+        for (id, sender, ts) in [
+            ("b", "@bob:two", 20),
+            ("c", "@carol:two", 10),
+            ("d", "@carol:two", 20),
+        ] {
+            let mut event = shared_levels(version, id, sender, id);
+            event.ts = ts;
+            world.send(event, &["last"]);
+        }
+        // Both are allowed upon the other, so the one that goes last stands.
+        for (prev, wins) in [(["b", "c"], "b"), (["b", "d"], "d"), (["c", "d"], "d")] {
+            let state = upon(&world, &prev);
+            assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), wins);
+        }
+    }
+}
+
+#[test]
+fn v18_what_stands_on_no_levels_goes_first_whatever_its_time() {
+    for version in second() {
+        let mut world = World::new(version);
+        let create = json!({"creator": "@alice:one", "room_version": version.as_str()});
+        world.send(state("create", "@alice:one", "m.room.create", create), &[]);
+        world.send(join("alice", "@alice:one"), &["create"]);
+        world.send(topic("first", "@alice:one", 99), &["alice"]);
+        let mut users = json!({});
+        if version <= RoomVersion::V11 {
+            users["@alice:one"] = 100.into();
+        }
+        world.send(levels("levels", "@alice:one", users), &["first"]);
+        world.send(topic("second", "@alice:one", 1), &["levels"]);
+        let old = world.map(&["create", "alice", "first", "levels"]);
+        let new = world.map(&["create", "alice", "second", "levels"]);
+        let state = world.resolve(&[old, new]);
+        assert_eq!(id_at(&world, &state, "m.room.topic", ""), "second");
+    }
+}
+
+#[test]
+fn v18_what_the_state_lacks_an_event_brings_along_unless_that_was_rejected() {
+    for version in second() {
+        let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
+        // In both states, so that Bob's join is in no difference.
+        let note = state("note", "@bob:two", "m.room.avatar", json!({"url": "x"}));
+        world.send(note, &["last"]);
+        world.send(topic("topic", "@bob:two", 1), &["note"]);
+        let common = ["create", "alice", "levels", "public", "note"];
+        let without = world.map(&common);
+        let with = world.map(&[&common[..], &["topic"]].concat());
+        let maps = [without, with];
+        let state = world.resolve(&maps);
+        assert_eq!(id_at(&world, &state, "m.room.topic", ""), "topic");
+        let bob = world.nid("bob");
+        world.entries[bob.0 as usize].rejected = true;
+        let state = world.resolve(&maps);
+        assert_eq!(id_at(&world, &state, "m.room.topic", ""), "");
+    }
+}
+
+#[test]
+fn v18_an_event_that_fails_is_left_out_and_the_others_go_on() {
+    for version in second() {
+        let users = json!({"@bob:two": 50, "@carol:two": 50});
+        let mut world = room(version, users, &["@bob:two", "@carol:two"]);
+        world.send(member("kick", "@alice:one", "@bob:two", "leave"), &["last"]);
+        world.send(topic("topic", "@bob:two", 9), &["last"]);
+        let name = state("name", "@carol:two", "m.room.name", json!({"name": "new"}));
+        world.send(name, &["topic"]);
+        let state = upon(&world, &["kick", "name"]);
+        assert_eq!(id_at(&world, &state, "m.room.topic", ""), "");
+        assert_eq!(id_at(&world, &state, "m.room.name", ""), "name");
+        assert_eq!(id_at(&world, &state, "m.room.member", "@bob:two"), "kick");
+    }
+}
+
+#[test]
+fn v18_whoever_leaves_by_themselves_takes_nothing_from_anybody() {
+    for version in second() {
+        let mut world = room(version, json!({"@bob:two": 50}), &["@bob:two"]);
+        let mut leave = member("leave", "@bob:two", "@bob:two", "leave");
+        leave.ts = 9;
+        world.send(leave, &["last"]);
+        world.send(topic("topic", "@bob:two", 1), &["last"]);
+        // No power event: by time, after the topic; had it been one, the topic would be gone.
+        let state = upon(&world, &["leave", "topic"]);
+        assert_eq!(id_at(&world, &state, "m.room.topic", ""), "topic");
+        assert_eq!(id_at(&world, &state, "m.room.member", "@bob:two"), "leave");
     }
 }
 
@@ -188,9 +296,11 @@ fn problem_a(version: RoomVersion) -> (World, StateMap) {
 
 #[test]
 fn msc4297_problem_a_version_2_loses_the_join_rule() {
-    let (world, state) = problem_a(RoomVersion::V11);
-    let expected = ["create", "levels", "gone", "bob2", "charlie2"];
-    assert_eq!(world.words(&state), expected.map(str::to_owned).into());
+    for version in second_first() {
+        let (world, state) = problem_a(version);
+        let expected = ["create", "levels", "gone", "bob2", "charlie2"];
+        assert_eq!(world.words(&state), expected.map(str::to_owned).into());
+    }
 }
 
 #[test]
@@ -228,8 +338,10 @@ fn problem_b(version: RoomVersion) -> (World, StateMap) {
 
 #[test]
 fn msc4297_problem_b_version_2_falls_back_to_the_first_levels() {
-    let (world, state) = problem_b(RoomVersion::V11);
-    assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), "levels");
+    for version in second_first() {
+        let (world, state) = problem_b(version);
+        assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), "levels");
+    }
 }
 
 #[test]
@@ -242,7 +354,7 @@ fn msc4297_problem_b_version_2_1_finds_the_way() {
 
 #[test]
 fn p11_a_ban_we_know_of_beats_the_join_that_an_event_claims() {
-    for version in SECOND {
+    for version in second() {
         let mut world = room(version, json!({}), &["@bob:two", "@derek:two"]);
         world.send(member("ban", "@alice:one", "@bob:two", "ban"), &["last"]);
         // Derek's join is not known here.
@@ -329,6 +441,33 @@ fn v1_levels_go_up_the_list_while_each_is_allowed_upon_the_last() {
     let state = upon(&world, &["down", "topic"]);
     assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), "down");
     assert_eq!(id_at(&world, &state, "m.room.topic", ""), "topic");
+}
+
+#[test]
+fn v1_members_and_join_rules_are_settled_by_the_levels_that_won() {
+    let mut world = room(V1, json!({"@bob:two": 50}), &["@bob:two", "@carol:two"]);
+    let users = json!({"@alice:one": 100, "@bob:two": 0});
+    world.send(levels("down", "@alice:one", users), &["last"]);
+    world.send(rule("open", "@alice:one", "public"), &["down"]);
+    let renamed = json!({"membership": "join", "displayname": "C"});
+    let mut renamed = draft("renamed", "@carol:two", "m.room.member", None, renamed);
+    renamed.state_key = Some("@carol:two".to_owned());
+    world.send(renamed, &["open"]);
+    // Bob did not know that he had lost his power. His kick is the deepest.
+    world.send(rule("invite", "@bob:two", "invite"), &["last"]);
+    let mut last = "invite";
+    for id in ["one", "two", "three"] {
+        let note = draft(id, "@bob:two", "m.room.message", None, json!({}));
+        world.send(note, &[last]);
+        last = id;
+    }
+    let kick = member("kick", "@bob:two", "@carol:two", "leave");
+    world.send(kick, &["three"]);
+    let state = upon(&world, &["kick", "renamed"]);
+    assert_eq!(id_at(&world, &state, "m.room.power_levels", ""), "down");
+    assert_eq!(id_at(&world, &state, "m.room.join_rules", ""), "open");
+    let carol = id_at(&world, &state, "m.room.member", "@carol:two");
+    assert_eq!(carol, "renamed");
 }
 
 fn smaller_hash(words: &[&str]) -> String {

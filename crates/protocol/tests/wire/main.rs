@@ -4,3 +4,4 @@ mod batch;
 mod canonical_json;
 mod common;
 mod events;
+mod versions;
