@@ -7,6 +7,7 @@ mod generated;
 mod join;
 mod plot;
 mod resident;
+mod resolve;
 mod serve;
 mod servers;
 mod state;

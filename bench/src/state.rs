@@ -15,6 +15,8 @@ use storage::apply::apply;
 use storage::load::load;
 use storage::{Options, Store};
 
+use crate::resolve;
+
 const VERSION: RoomVersion = RoomVersion::V11;
 /// Events in one commit, as in a join.
 const CHUNK: usize = 2000;
@@ -40,7 +42,10 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     let engine = url.split(':').next().unwrap_or_default();
     println!("{engine}: {} members", arguments.members);
-    let outcome = measure(&url, &arguments).await;
+    let mut outcome = measure(&url, &arguments).await;
+    if outcome.is_ok() {
+        outcome = forks(&url, arguments.members).await;
+    }
     if arguments.database.is_none() {
         for suffix in ["", "-wal", "-shm"] {
             // What is not there needs no removing.
@@ -48,6 +53,33 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
     }
     outcome
+}
+
+/// The same conflict in rooms of three sizes.
+async fn forks(url: &str, members: usize) -> anyhow::Result<()> {
+    println!("two forks that differ in ten events");
+    println!(
+        "  version members events in_question resolve load receive load_cold states_cold (us)"
+    );
+    for version in [VERSION, RoomVersion::V12] {
+        for members in [members / 100, members / 10, members] {
+            let found = resolve::measure(url, version, members).await?;
+            let us = |time: Duration| time.as_micros();
+            println!(
+                "  {} {} {} {} {} {} {} {} {}",
+                found.version,
+                found.members,
+                found.events,
+                found.in_question,
+                us(found.resolving),
+                us(found.loading),
+                us(found.receiving),
+                us(found.loading_cold),
+                us(found.states_cold),
+            );
+        }
+    }
+    Ok(())
 }
 
 async fn measure(url: &str, arguments: &Arguments) -> anyhow::Result<()> {

@@ -18,6 +18,11 @@ const FILES: &[(i64, &str, &str)] = &[
         "auth_above",
         include_str!("schema/005_auth_above.sql"),
     ),
+    (
+        6,
+        "local_members",
+        include_str!("schema/006_local_members.sql"),
+    ),
 ];
 
 /// Its table is filled from others, which takes more than a statement.

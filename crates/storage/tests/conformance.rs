@@ -53,6 +53,7 @@ laws!(
     members_are_found_by_room_user_and_server,
     missing_events_lie_between,
     numbers_are_never_given_twice,
+    our_users_are_found_without_reading_the_others,
     parameters_may_stand_in_any_order,
     positions_rise_without_gaps,
     rejected_events_are_not_served,

@@ -55,6 +55,10 @@ impl Database {
         })
     }
 
+    pub fn is_sqlite(&self) -> bool {
+        self.url.starts_with("sqlite")
+    }
+
     pub async fn open(&self) -> Store {
         Store::open(&self.url, Options::default()).await.unwrap()
     }

@@ -29,6 +29,27 @@ pub async fn every_statement_is_one_that_the_engine_takes(database: &Database) {
     assert!(refused.is_empty(), "{}", refused.join("\n"));
 }
 
+pub async fn our_users_are_found_without_reading_the_others(database: &Database) {
+    if !database.is_sqlite() {
+        return;
+    }
+    let store = database.open().await;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/rooms.rs");
+    let text = std::fs::read_to_string(source).unwrap();
+    let ours = |sql: &String| sql.contains("FROM memberships") && sql.contains("local = 1");
+    let statements: Vec<String> = constants(&text).into_iter().filter(ours).collect();
+    assert!(!statements.is_empty());
+    for sql in statements {
+        let asked = format!("EXPLAIN QUERY PLAN {sql}");
+        let plan = store
+            .read(move |c| c.query_all(&asked, &[&1_i64], |row| Ok(row.text(3)?.to_owned())))
+            .await
+            .unwrap();
+        let uses = |step: &String| step.contains("memberships_local (room_nid=? AND membership=?)");
+        assert!(plan.len() == 1 && plan.iter().all(uses), "{sql}: {plan:?}");
+    }
+}
+
 /// The string constants of a source text that are SQL.
 fn constants(source: &str) -> Vec<String> {
     let mut found = Vec::new();
