@@ -6,7 +6,8 @@ use axum::http::StatusCode;
 use protocol::signature::SigningKey;
 use serde_json::{Value, json};
 
-use crate::world::{Network, list, server, start};
+use crate::network::Network;
+use crate::world::{list, server, start};
 
 fn password_auth(session: &Value) -> Value {
     json!({

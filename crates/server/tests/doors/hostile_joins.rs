@@ -10,7 +10,8 @@ use protocol::signature::SigningKey;
 use room::effect::{Answer, Ask, AskError, Handshake};
 use serde_json::{Value, json};
 
-use crate::world::{Network, Server, start};
+use crate::network::Network;
+use crate::world::{Server, start};
 
 const RESIDENT: &str = "a.test";
 const JOINER: &str = "b.test";
@@ -40,7 +41,8 @@ impl Stage {
     }
 
     async fn ask(&self, ask: Ask) -> Result<Answer, AskError> {
-        let client = self.b.homeserver.client();
+        let homeserver = self.b.homeserver();
+        let client = homeserver.client();
         let to = ServerName::parse(RESIDENT).unwrap();
         let limit = Duration::from_secs(60);
         client.ask(&to, &ask, limit, async |_, _| ()).await
@@ -62,8 +64,8 @@ impl Stage {
     }
 
     fn sign(&self, template: &Value) -> Pdu {
-        let own = self.b.homeserver.own();
-        sign_with(&own.key, template)
+        let homeserver = self.b.homeserver();
+        sign_with(&homeserver.own().key, template)
     }
 
     async fn send(&self, event_id: &EventId, event: &str) -> Result<Answer, AskError> {
@@ -79,7 +81,8 @@ impl Stage {
 
     /// All that is stored about events.
     async fn stored(&self) -> i64 {
-        let store = self.a.homeserver.store();
+        let homeserver = self.a.homeserver();
+        let store = homeserver.store();
         let count = |c: &mut dyn storage::Conn| {
             c.query_one("SELECT COUNT(*) FROM events", &[], |row| row.int(0))
         };

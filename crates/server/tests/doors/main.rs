@@ -6,4 +6,6 @@ mod hostile_joins;
 mod network;
 mod rooms;
 mod server_notices;
+#[path = "../common/world.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod world;

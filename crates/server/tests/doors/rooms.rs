@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::world::{Network, Server, User, list, server, start};
+use crate::network::Network;
+use crate::world::{Server, User, list, server, start};
 
 async fn two_servers() -> (Server, Server) {
     let network = Arc::<Network>::default();
@@ -14,7 +15,7 @@ async fn two_servers() -> (Server, Server) {
     )
 }
 
-async fn public_room(creator: &User<'_>) -> String {
+async fn public_room(creator: &User) -> String {
     creator
         .create_room(json!({ "preset": "public_chat" }))
         .await
@@ -33,7 +34,7 @@ fn in_timeline(room: &str, key: &str, value: &str) -> impl Fn(&Value) -> Option<
     }
 }
 
-async fn say(user: &User<'_>, room: &str, words: &str) -> String {
+async fn say(user: &User, room: &str, words: &str) -> String {
     let path = format!("/rooms/{room}/send/m.room.message/{words}");
     let content = json!({ "msgtype": "m.text", "body": words });
     let sent = user.put(&path, content).await;

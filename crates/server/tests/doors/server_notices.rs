@@ -6,12 +6,12 @@ use homeserver::config::ServerNotices;
 use protocol::id::UserId;
 use serde_json::{Value, json};
 
-use crate::world::{Server, User, list, server, start_with};
+use crate::world::{Server, User, list, server};
 
 const PATH: &str = "/_synapse/admin/v1/send_server_notice";
 
 async fn server_with_notices() -> Server {
-    start_with(&Arc::default(), "a.test", |config| {
+    Server::start(&Arc::default(), "a.test", |config| {
         config.server_notices = Some(ServerNotices {
             user: UserId::parse("@_server:a.test").unwrap(),
             display_name: Some("The house".to_owned()),
@@ -28,7 +28,7 @@ fn notice(words: &str) -> Value {
 }
 
 /// The one room that the user is invited to.
-async fn invite(user: &User<'_>) -> String {
+async fn invite(user: &User) -> String {
     let sync = user.get("/sync").await;
     let invites = sync["rooms"]["invite"].as_object().unwrap();
     assert_eq!(invites.len(), 1);
@@ -177,7 +177,7 @@ async fn nobody_invites_the_user_that_notices_come_from() {
 async fn somebodys_account_does_not_become_the_notices_user() {
     let server = server().await;
     server.register("alice").await;
-    let mut config = server.homeserver.config().clone();
+    let mut config = server.homeserver().config().clone();
     config.server_notices = Some(ServerNotices {
         user: UserId::parse("@alice:a.test").unwrap(),
         display_name: None,

@@ -6,7 +6,8 @@ use protocol::pdu::Pdu;
 use serde_json::{Value, json};
 
 use crate::dag::{member, message, state};
-use crate::world::{Stage, Syncs, User, list};
+use crate::stage::Stage;
+use crate::world::{Syncs, User, list};
 
 #[tokio::test]
 async fn t_10_a_device_update_is_told_of_when_the_room_is_full() {

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::dag::member;
-use crate::world::{Stage, list, until};
+use crate::stage::Stage;
+use crate::world::{list, until};
 
 const ALIAS: &str = "/directory/room/%23room:here.test";
 

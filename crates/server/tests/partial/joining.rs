@@ -6,7 +6,8 @@ use serde_json::json;
 
 use crate::dag::{VERSION, member};
 use crate::resident::Gate;
-use crate::world::{Begun, Stage, User, until};
+use crate::stage::Stage;
+use crate::world::{Begun, User, until};
 
 /// Alice begins to join, and the resident holds an answer back.
 fn begin(stage: &Stage, alice: &User) -> Begun {

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::dag::member;
-use crate::world::{Stage, Syncs, list};
+use crate::stage::Stage;
+use crate::world::{Syncs, list};
 
 /// Until somebody's membership is in the room's timeline, or in its state.
 async fn until_member(syncs: &mut Syncs, stage: &Stage, user: &str, membership: &str) {
@@ -48,12 +49,12 @@ async fn t_53_a_leave_during_the_resync_is_seen_after_it() {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     let path = format!("/rooms/{}/leave", stage.room.id);
     let leaving = alice.begin("POST", path, json!({}));
     stage.release();
     leaving.answer().await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     stage.resident.leave_of(&alice.id).await;
     // C-12, C-2: the members are told, and a second leave is none.
     stage.until_full(&alice).await;
@@ -66,7 +67,7 @@ async fn t_54_a_leave_does_not_wait_for_the_resync() {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     let room = &stage.room;
     let mut auth = [
         room.state("m.room.create", ""),
@@ -75,7 +76,7 @@ async fn t_54_a_leave_does_not_wait_for_the_resync() {
     ]
     .map(|pdu| pdu.event_id.clone());
     alice.leave(room.id.as_str()).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     let leave = stage.resident.leave_of(&alice.id).await;
     // P-45: it is an event of ours like any other, and stands on no join rules.
     let mut names = leave.auth_events.clone();
@@ -95,12 +96,12 @@ async fn t_55_the_first_leaves_after_a_second_partial_join() {
     let bob = stage.here.register("bob").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     bob.join(stage.room.id.as_str(), &stage.resident.name).await;
     let mut of_bob = bob.lazy();
-    of_bob.until_joined(&stage.room).await;
+    of_bob.until_joined(&stage.room.id).await;
     alice.leave(stage.room.id.as_str()).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     until_member(&mut of_bob, &stage, &alice.id, "leave").await;
     stage.resident.leave_of(&alice.id).await;
     stage.end(&bob).await;
@@ -112,14 +113,14 @@ async fn t_56_a_rejoin_needs_no_end_of_the_resync() {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     alice.leave(stage.room.id.as_str()).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     stage.resident.leave_of(&alice.id).await;
     alice
         .join(stage.room.id.as_str(), &stage.resident.name)
         .await;
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     stage.end(&alice).await;
 }
 
@@ -130,12 +131,12 @@ async fn t_57_another_joins_after_the_first_has_left() {
     let bob = stage.here.register("bob").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     alice.leave(stage.room.id.as_str()).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     stage.resident.leave_of(&alice.id).await;
     bob.join(stage.room.id.as_str(), &stage.resident.name).await;
-    let room = bob.lazy().until_joined(&stage.room).await;
+    let room = bob.lazy().until_joined(&stage.room.id).await;
     // His first timeline goes back over his own join to the stay of alice.
     let memberships = |part: &str| -> Vec<Value> {
         let events = list(&room[part]["events"]).iter();
@@ -158,7 +159,7 @@ async fn check_put_out(membership: &str) {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     let charlie = stage.resident.user("charlie");
     let room = &stage.room;
     let auth = [
@@ -170,7 +171,7 @@ async fn check_put_out(membership: &str) {
     let out = member(&charlie, &alice.id, membership).standing_on(&auth);
     let out = stage.send(out);
     stage.tell(&[&out]).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     if membership == "ban" {
         let path = format!("/join/{}?via={}", stage.room.id, stage.resident.name);
         let refused = alice.refused("POST", &path, json!({})).await;
@@ -197,7 +198,7 @@ async fn t_62_a_purge_ends_all_of_it() {
     let stage = Stage::set().await;
     let alice = stage.here.administrator("alice").await;
     stage.join(&alice).await;
-    alice.lazy().until_joined(&stage.room).await;
+    alice.lazy().until_joined(&stage.room.id).await;
     stage.resident.asked("state_ids").await;
     let path = format!("/_synapse/admin/v1/rooms/{}", stage.room.id);
     alice.delete(&path).await;

@@ -3,6 +3,7 @@
 //! The tests are named by the rows of the suite for partial state that they hold (`t_…`), or by what else
 //! they show of the same life of a room.
 
+#[path = "../common/dag.rs"]
 mod dag;
 mod devices;
 mod directory;
@@ -13,10 +14,15 @@ mod network;
 mod outgoing;
 mod receiving;
 mod refusing;
+#[path = "../common/resident.rs"]
 mod resident;
 mod resync;
+#[path = "../common/stage.rs"]
+mod stage;
 mod sync;
 mod verdicts;
 mod waiting;
 mod whole;
+#[path = "../common/world.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod world;

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::dag::{member, state};
 use crate::resident::Resident;
-use crate::world::{Stage, Syncs, User};
+use crate::stage::Stage;
+use crate::world::{Syncs, User};
 
 const UPDATE: &str = "m.device_list_update";
 
@@ -213,7 +214,7 @@ async fn left_out(stage: &Stage, alice: &User, second: &Resident) -> Syncs {
     stage.resident.claim_to_be_alone();
     stage.join(alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     lazy
 }
 

@@ -4,11 +4,12 @@ use serde_json::{Value, json};
 
 use crate::dag::{message, state};
 use crate::resident::Gate;
-use crate::world::{Stage, joined, list, until};
+use crate::stage::Stage;
+use crate::world::{joined, list, until};
 
 /// What of the room's ephemeral events is of this kind.
 fn ephemeral(sync: &Value, stage: &Stage, kind: &str) -> Option<Value> {
-    let room = joined(sync, &stage.room)?;
+    let room = joined(sync, &stage.room.id)?;
     let mut events = list(&room["ephemeral"]["events"]).iter();
     let found = events.find(|event| event["type"] == kind)?;
     Some(found["content"].clone())
@@ -233,6 +234,6 @@ async fn t_23_the_resync_ends_where_events_came_before_those_they_follow() {
         .await;
     }
     stage.release();
-    alice.eager().until_joined(&stage.room).await;
+    alice.eager().until_joined(&stage.room.id).await;
     stage.end(&alice).await;
 }

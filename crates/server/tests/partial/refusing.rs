@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use crate::dag::{Room, member};
 use crate::resident::Resident;
-use crate::world::{Stage, User};
+use crate::stage::Stage;
+use crate::world::User;
 
 /// A stage while the room is partial, with a stranger who knocks at our doors.
 async fn with_a_stranger() -> (Stage, User, std::sync::Arc<Resident>) {

@@ -6,7 +6,8 @@ use serde_json::json;
 
 use crate::dag::{member, message, state};
 use crate::resident::{Gate, Resident};
-use crate::world::{Server, Stage, User, joined, until};
+use crate::stage::{Stage, plain};
+use crate::world::{Server, User, joined, until};
 
 #[tokio::test]
 async fn t_20_the_resync_goes_on_after_a_restart() {
@@ -15,21 +16,21 @@ async fn t_20_the_resync_goes_on_after_a_restart() {
     stage.join(&alice).await;
     stage.resident.asked("state_ids").await;
     let mut eager = alice.eager();
-    assert!(joined(&eager.now().await, &stage.room).is_none());
+    assert!(joined(&eager.now().await, &stage.room.id).is_none());
 
     stage.here.restart().await;
-    assert!(joined(&eager.now().await, &stage.room).is_none());
+    assert!(joined(&eager.now().await, &stage.room.id).is_none());
     stage.resident.asked("state_ids").await;
     stage.release();
-    eager.until_joined(&stage.room).await;
+    eager.until_joined(&stage.room.id).await;
     stage.end(&alice).await;
 }
 
 #[tokio::test]
 async fn t_21_another_server_of_the_room_gives_the_state() {
     let network = Arc::default();
-    let first = Server::start(&network, "first.test", |_| ()).await;
-    let second = Server::start(&network, "second.test", |_| ()).await;
+    let first = Server::start(&network, "first.test", plain).await;
+    let second = Server::start(&network, "second.test", plain).await;
     let resident = Resident::start(&network, "resident.test");
     let alice = first.register("alice").await;
     let charlie = second.register("charlie").await;
@@ -47,10 +48,10 @@ async fn t_21_another_server_of_the_room_gives_the_state() {
     alice.lazy().until_event(&join).await;
     resident.asked("state_ids").await;
     let mut eager = charlie.eager();
-    assert!(joined(&eager.now().await, &room).is_none());
+    assert!(joined(&eager.now().await, &room.id).is_none());
 
     gate.open();
-    eager.until_joined(&room).await;
+    eager.until_joined(&room.id).await;
     // S-21: it is asked for no state after that.
     assert_eq!(resident.take_asked("state"), 0);
     resident.assert_quiet();
@@ -177,7 +178,7 @@ async fn s_37_a_full_room_stays_full_when_another_joins() {
     let devices = stage.resident.edu("m.device_list_update").await;
     assert_eq!(devices["user_id"], *bob.id);
     let sync = bob.eager().now().await;
-    assert!(joined(&sync, &stage.room).is_some());
+    assert!(joined(&sync, &stage.room.id).is_some());
     assert_eq!(stage.resident.take_asked("send_join"), 0);
     assert_eq!(stage.resident.take_asked("state_ids"), 1);
     let members = format!("/rooms/{}/joined_members", stage.room.id);
@@ -212,7 +213,7 @@ async fn s_37_a_full_room_stays_full_when_another_server_lets_somebody_in() {
     bob.join(stage.room.id.as_str(), &stage.resident.name).await;
     assert_eq!(stage.resident.take_asked("send_join"), 1);
     let sync = bob.eager().now().await;
-    assert!(joined(&sync, &stage.room).is_some());
+    assert!(joined(&sync, &stage.room.id).is_some());
     assert_eq!(stage.resident.take_asked("state_ids"), 1);
     let devices = stage.resident.edu("m.device_list_update").await;
     assert_eq!(devices["user_id"], *bob.id);
@@ -267,6 +268,6 @@ async fn s_29_a_resync_that_all_refuse_is_given_up_when_nobody_is_left() {
     stage.resident.serve_state_ids_again();
     let bob = stage.here.register("bob").await;
     stage.join(&bob).await;
-    bob.lazy().until_joined(&stage.room).await;
+    bob.lazy().until_joined(&stage.room.id).await;
     stage.end(&bob).await;
 }

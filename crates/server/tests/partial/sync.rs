@@ -3,7 +3,8 @@
 use serde_json::Value;
 
 use crate::dag::message;
-use crate::world::{Stage, Syncs, User, joined, list, members_in_state};
+use crate::stage::Stage;
+use crate::world::{Syncs, User, joined, list, members_in_state};
 
 /// T-1 and T-2: an eager client is not shown the room before it is full, and then at once.
 async fn check_eager(incremental: bool) {
@@ -17,22 +18,22 @@ async fn check_eager(incremental: bool) {
     };
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     let sync = from_before(&mut eager).now().await;
-    assert!(joined(&sync, &stage.room).is_none());
+    assert!(joined(&sync, &stage.room.id).is_none());
 
     let said = alice.say(stage.room.id.as_str(), "hello").await;
     let said = stage.resident.event(&said).await;
     lazy.until_event(&said).await;
     let mut eager = from_before(&mut eager);
     let sync = eager.now().await;
-    assert!(joined(&sync, &stage.room).is_none());
+    assert!(joined(&sync, &stage.room.id).is_none());
 
     stage.resident.asked("state_ids").await;
     stage.release();
     stage.until_full(&alice).await;
     let sync = from_before(&mut eager).now().await;
-    let room = joined(&sync, &stage.room).expect("the room is full");
+    let room = joined(&sync, &stage.room.id).expect("the room is full");
     let members = members_in_state(room);
     for name in ["charlie", "derek"] {
         assert!(members.contains(&*stage.resident.user(name)), "{room}");
@@ -56,7 +57,7 @@ async fn t_03_an_eager_long_poll_is_woken_by_the_end_of_the_resync() {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut eager = alice.eager();
-    assert!(joined(&eager.now().await, &stage.room).is_none());
+    assert!(joined(&eager.now().await, &stage.room.id).is_none());
     let poll = eager.begin();
     stage.resident.asked("state_ids").await;
 
@@ -69,7 +70,7 @@ async fn t_03_an_eager_long_poll_is_woken_by_the_end_of_the_resync() {
 
     stage.release();
     let sync = poll.answer().await;
-    assert!(joined(&sync, &stage.room).is_some(), "{sync}");
+    assert!(joined(&sync, &stage.room.id).is_some(), "{sync}");
     stage.end(&alice).await;
 }
 
@@ -78,7 +79,7 @@ async fn t_04_a_lazy_sync_shows_the_room_while_it_is_partial() {
     let stage = Stage::set().await;
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
-    let room = alice.lazy().until_joined(&stage.room).await;
+    let room = alice.lazy().until_joined(&stage.room.id).await;
     let state = list(&room["state"]["events"]).iter();
     let timeline = list(&room["timeline"]["events"]).iter();
     let kinds: Vec<&Value> = state.chain(timeline).map(|event| &event["type"]).collect();
@@ -94,7 +95,7 @@ async fn derek_speaks(
 ) -> (Syncs, [std::sync::Arc<protocol::pdu::Pdu>; 2]) {
     stage.join(alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     stage.resident.serve_event_auth();
     let derek = stage.resident.user("derek");
     let first = stage.send(message(&derek, "first"));
@@ -110,7 +111,7 @@ async fn t_16_a_lazy_initial_sync_has_the_member_who_speaks() {
     let alice = stage.here.register("alice").await;
     derek_speaks(&stage, &alice).await;
     let sync = alice.lazy().now().await;
-    let room = joined(&sync, &stage.room).unwrap();
+    let room = joined(&sync, &stage.room.id).unwrap();
     assert!(members_in_state(room).contains(&*stage.resident.user("derek")));
     stage.end(&alice).await;
 }
@@ -121,7 +122,7 @@ async fn t_17_a_lazy_gappy_sync_has_the_member_who_speaks() {
     let alice = stage.here.register("alice").await;
     let (lazy, [_, second]) = derek_speaks(&stage, &alice).await;
     let sync = lazy.gappy().now().await;
-    let room = joined(&sync, &stage.room).unwrap();
+    let room = joined(&sync, &stage.room.id).unwrap();
     assert_eq!(room["timeline"]["limited"], true);
     assert_eq!(timeline_ids(room), [second.event_id.as_str()]);
     assert!(members_in_state(room).contains(&*stage.resident.user("derek")));
@@ -134,7 +135,7 @@ async fn t_18_a_lazy_incremental_sync_has_the_member_who_speaks() {
     let alice = stage.here.register("alice").await;
     let (mut lazy, _) = derek_speaks(&stage, &alice).await;
     let sync = lazy.now().await;
-    let room = joined(&sync, &stage.room).unwrap();
+    let room = joined(&sync, &stage.room.id).unwrap();
     assert!(members_in_state(room).contains(&*stage.resident.user("derek")));
     stage.end(&alice).await;
 }
@@ -152,9 +153,9 @@ async fn t_22_a_gappy_sync_over_the_end_of_the_resync_has_the_member_who_speaks(
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     stage.release();
-    alice.eager().until_joined(&stage.room).await;
+    alice.eager().until_joined(&stage.room.id).await;
 
     let derek = stage.resident.user("derek");
     let first = stage.send(message(&derek, "first"));
@@ -163,7 +164,7 @@ async fn t_22_a_gappy_sync_over_the_end_of_the_resync_has_the_member_who_speaks(
     stage.tell(&[&last]).await;
     alice.eager().until_event(&last).await;
     let sync = lazy.gappy().now().await;
-    let room = joined(&sync, &stage.room).unwrap();
+    let room = joined(&sync, &stage.room.id).unwrap();
     assert_eq!(timeline_ids(room), [last.event_id.as_str()]);
     assert!(members_in_state(room).contains(&*derek), "{room}");
     stage.end(&alice).await;
@@ -178,14 +179,14 @@ async fn p_31_an_eager_client_is_shown_a_room_that_becomes_full_as_a_new_one_and
     let mut eager = alice.eager();
     eager.now().await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     stage.release();
     stage.until_full(&alice).await;
 
     let again = eager.clone();
     for mut device in [eager.clone(), again] {
         let sync = device.now().await;
-        let room = joined(&sync, &stage.room).unwrap();
+        let room = joined(&sync, &stage.room.id).unwrap();
         assert_eq!(room["timeline"]["limited"], true, "{room}");
         let members = members_in_state(room);
         assert!(
@@ -196,11 +197,11 @@ async fn p_31_an_eager_client_is_shown_a_room_that_becomes_full_as_a_new_one_and
         for user in [&charlie, &derek] {
             assert!(changed.iter().any(|of| of == &**user), "{sync}");
         }
-        assert!(joined(&device.now().await, &stage.room).is_none());
+        assert!(joined(&device.now().await, &stage.room.id).is_none());
     }
     // O-56: a lazy client is told how many they are.
     let sync = lazy.now().await;
-    let room = joined(&sync, &stage.room).unwrap();
+    let room = joined(&sync, &stage.room.id).unwrap();
     assert_eq!(room["summary"]["m.joined_member_count"], 3);
     assert!(list(&sync["device_lists"]["changed"]).is_empty());
     stage.end(&alice).await;

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::dag::{member, message, state};
 use crate::resident::Gate;
-use crate::world::Stage;
+use crate::stage::Stage;
 
 #[tokio::test]
 async fn t_24_a_rejected_event_stays_rejected() {

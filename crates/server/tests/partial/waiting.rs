@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use crate::world::{Stage, list};
+use crate::stage::Stage;
+use crate::world::list;
 
 #[tokio::test]
 async fn t_19_the_members_at_a_partial_time_are_told_when_they_are_known() {
@@ -10,7 +11,7 @@ async fn t_19_the_members_at_a_partial_time_are_told_when_they_are_known() {
     let alice = stage.here.register("alice").await;
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
     let token = lazy.since.as_deref().unwrap();
     let path = format!("/rooms/{}/members?at={token}", stage.room.id);
     let waiting = alice.begin("GET", path, Value::Null);
@@ -38,7 +39,7 @@ async fn t_29_joined_members_are_told_when_they_are_known() {
     let waiting = alice.begin("GET", path, Value::Null);
     stage.resident.asked("state_ids").await;
     // Another request of hers is answered meanwhile.
-    alice.lazy().until_joined(&stage.room).await;
+    alice.lazy().until_joined(&stage.room.id).await;
     assert!(waiting.is_waiting());
 
     stage.release();

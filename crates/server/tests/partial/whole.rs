@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::dag::{member, message};
 use crate::resident::{Gate, Resident};
-use crate::world::{Stage, User, joined, list, members_in_state};
+use crate::stage::Stage;
+use crate::world::{User, joined, list, members_in_state};
 
 /// A room that erin of a second server is in, too.
 async fn with_erin(change: impl FnOnce(&mut homeserver::config::Config)) -> (Stage, Arc<Resident>) {
@@ -38,7 +39,7 @@ async fn o_49_the_user_is_in_before_the_members_of_a_whole_answer_are_verified()
     alice
         .join(stage.room.id.as_str(), &stage.resident.name)
         .await;
-    let room = alice.lazy().until_joined(&stage.room).await;
+    let room = alice.lazy().until_joined(&stage.room.id).await;
     assert!(!members_in_state(&room).contains(&*second.user("erin")));
     let event = alice.say(stage.room.id.as_str(), "hello").await;
     stage.resident.event(&event).await;
@@ -112,7 +113,7 @@ async fn a_room_is_lived_in_while_its_state_is_held_back() {
     let old = stage.send(message(&charlie, "before"));
     stage.join(&alice).await;
     let mut lazy = alice.lazy();
-    lazy.until_joined(&stage.room).await;
+    lazy.until_joined(&stage.room.id).await;
 
     let said = alice.say(stage.room.id.as_str(), "hello").await;
     let said = stage.resident.event(&said).await;
@@ -131,11 +132,11 @@ async fn a_room_is_lived_in_while_its_state_is_held_back() {
     assert_eq!(stage.resident.take_asked("send_join"), 1);
     alice.leave(stage.room.id.as_str()).await;
     stage.resident.leave_of(&alice.id).await;
-    lazy.until_left(&stage.room).await;
+    lazy.until_left(&stage.room.id).await;
     alice
         .join(stage.room.id.as_str(), &stage.resident.name)
         .await;
-    assert!(joined(&alice.lazy().now().await, &stage.room).is_some());
+    assert!(joined(&alice.lazy().now().await, &stage.room.id).is_some());
     assert_eq!(stage.resident.take_asked("send_join"), 1);
 
     stage.release();

@@ -1,40 +1,95 @@
-//! Our server, its users as their clients see it, and the stage on which a join becomes partial.
+//! Whole servers on a network in memory, and their users as their clients see it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::Request;
-use homeserver::appservice::Appservices;
+use axum::http::{HeaderMap, Request};
+use homeserver::appservice::{Appservice, Appservices};
 use homeserver::clock::SystemClock;
 use homeserver::config::{Config, Registration};
 use homeserver::{Homeserver, Wire};
 use protocol::id::ServerName;
 use protocol::pdu::Pdu;
-use protocol::room_version::RoomVersion;
 use protocol::signature::SigningKey;
-use room::effect::AskError;
 use serde_json::{Value, json};
 use storage::Store;
 use tower::ServiceExt as _;
 
-use crate::dag::{Room, member};
 use crate::network::Network;
-use crate::resident::{Gate, PATIENCE, Resident};
 
+/// Only ever reached by a test that fails.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An application service that every server has.
+pub const BRIDGE_TOKEN: &str = "bridge-token";
+
+const BRIDGE: &str = r##"
+id: bridge
+url: null
+as_token: bridge-token
+hs_token: other-token
+sender_localpart: bridge
+namespaces:
+  users: [{ exclusive: true, regex: "@_bridge_.*" }]
+"##;
+
+/// What a server signs with.
+pub fn key_of(name: &ServerName) -> SigningKey {
+    let mut seed = [7; 32];
+    seed[..name.as_str().len()].copy_from_slice(name.as_str().as_bytes());
+    SigningKey::generate(seed, "1").unwrap()
+}
+
+fn homeserver(network: &Arc<Network>, config: Config, store: Store) -> Homeserver {
+    let name = &config.server_name;
+    let bridge = Appservice::parse(BRIDGE, "bridge.yaml", name).unwrap();
+    let wire = Wire {
+        transport: network.clone(),
+        key: key_of(name),
+        old_keys: Vec::new(),
+    };
+    let appservices = Appservices::new(vec![bridge]).unwrap();
+    let clock = Arc::new(SystemClock::default());
+    Homeserver::new(config, clock, store, appservices, wire)
+}
+
+#[derive(Clone)]
 pub struct Server {
     pub name: ServerName,
     network: Arc<Network>,
-    homeserver: Mutex<Homeserver>,
-    door: Door,
+    life: Arc<Mutex<Life>>,
     /// Keeps the media for as long as the server is there.
-    _media: tempfile::TempDir,
+    _media: Arc<tempfile::TempDir>,
 }
 
-/// Where clients knock; behind it may be another life of the server.
-#[derive(Clone)]
-struct Door(Arc<Mutex<Router>>);
+/// What ends when the server is started again.
+struct Life {
+    homeserver: Homeserver,
+    router: Router,
+}
+
+impl Life {
+    async fn begin(network: &Arc<Network>, config: Config, store: Store) -> Self {
+        let name = config.server_name.clone();
+        let homeserver = homeserver(network, config, store);
+        homeserver.start().await.unwrap();
+        let router = vestibule_http::router(homeserver.clone());
+        network.add(name, router.clone());
+        Self { homeserver, router }
+    }
+}
+
+/// A server alone in the world.
+pub async fn server() -> Server {
+    start(&Arc::default(), "a.test").await
+}
+
+pub async fn start(network: &Arc<Network>, name: &str) -> Server {
+    Server::start(network, name, |_| ()).await
+}
 
 impl Server {
     pub async fn start(
@@ -52,154 +107,160 @@ impl Server {
         let mut config = Config::new(name.clone());
         config.limits.enabled = false;
         config.registration = Registration::Open;
-        config.default_room_version = RoomVersion::V11;
         config.media_path = media.path().to_owned();
-        // As in the tests of Complement: the residents know only the handshake and the resync.
-        config.join.race_send_join = false;
-        config.join.ask_for_left_out = false;
-        config.join.compare_donors = false;
-        config.join.tell_missed_servers = false;
         change(&mut config);
-        let homeserver = homeserver(network, config, store);
-        homeserver.start().await.unwrap();
-        let router = vestibule_http::router(homeserver.clone());
-        network.add(name.clone(), router.clone());
+        let life = Life::begin(network, config, store).await;
         Self {
             name,
             network: network.clone(),
-            homeserver: Mutex::new(homeserver),
-            door: Door(Arc::new(Mutex::new(router))),
-            _media: media,
+            life: Arc::new(Mutex::new(life)),
+            _media: Arc::new(media),
         }
     }
 
     pub fn store(&self) -> Store {
-        self.homeserver.lock().unwrap().store().clone()
+        self.homeserver().store().clone()
+    }
+
+    pub fn homeserver(&self) -> Homeserver {
+        self.life.lock().unwrap().homeserver.clone()
     }
 
     /// Ends this life of the server, and begins another one with the same store.
     pub async fn restart(&self) {
-        let before = self.homeserver.lock().unwrap().clone();
+        let before = self.homeserver();
         before.stop().await;
-        let config = before.config().clone();
-        let after = homeserver(&self.network, config, before.store().clone());
-        after.start().await.unwrap();
-        let router = vestibule_http::router(after.clone());
-        self.network.add(self.name.clone(), router.clone());
-        *self.door.0.lock().unwrap() = router;
-        *self.homeserver.lock().unwrap() = after;
+        let (config, store) = (before.config().clone(), before.store().clone());
+        let after = Life::begin(&self.network, config, store).await;
+        *self.life.lock().unwrap() = after;
     }
 
+    /// The same server with other settings, not started; it can reach nobody.
+    pub fn restarted(&self, config: Config) -> Homeserver {
+        homeserver(&Arc::default(), config, self.homeserver().store().clone())
+    }
+
+    pub async fn raw(
+        &self,
+        method: &str,
+        path: &str,
+        token: &str,
+        kind: &str,
+        body: impl Into<Body>,
+    ) -> (u16, HeaderMap, Vec<u8>) {
+        let mut request = Request::builder().method(method).uri(path);
+        if !token.is_empty() {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request
+            .header("content-type", kind)
+            .body(body.into())
+            .unwrap();
+        let router = self.life.lock().unwrap().router.clone();
+        let Ok(answer) = tokio::time::timeout(PATIENCE, router.oneshot(request)).await else {
+            panic!("{method} {path} is not answered");
+        };
+        let (head, body) = answer.unwrap().into_parts();
+        let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        (head.status.as_u16(), head.headers, bytes.to_vec())
+    }
+
+    /// A path that does not begin with `/_` is one of the client API.
+    pub async fn ask(&self, method: &str, path: &str, token: &str, body: Value) -> (u16, Value) {
+        let text = match body.is_null() {
+            true => String::new(),
+            false => body.to_string(),
+        };
+        let path = match path.starts_with("/_") {
+            true => path.to_owned(),
+            false => format!("/_matrix/client/v3{path}"),
+        };
+        let kind = "application/json";
+        let (status, _, bytes) = self.raw(method, &path, token, kind, text).await;
+        (status, serde_json::from_slice(&bytes).unwrap_or_default())
+    }
+
+    /// As [`Self::ask`], and it must succeed.
+    pub async fn get(&self, method: &str, path: &str, token: &str, body: Value) -> Value {
+        let (status, answer) = self.ask(method, path, token, body).await;
+        assert_eq!(status, 200, "{method} {path}: {answer}");
+        answer
+    }
+
+    /// Registers a user whose password is `secret`.
     pub async fn register(&self, name: &str) -> User {
         let body = json!({
             "username": name,
             "password": "secret",
             "auth": { "type": "m.login.dummy" },
         });
-        let (status, answer) = self.door.ask("POST", "/register", "", &body).await;
-        assert_eq!(status, 200, "{answer}");
-        let text = |key: &str| answer[key].as_str().unwrap().to_owned();
-        User {
-            door: self.door.clone(),
-            id: text("user_id"),
-            token: text("access_token"),
-            device: text("device_id"),
-        }
+        let answer = self.get("POST", "/register", "", body).await;
+        self.user(&answer)
+    }
+
+    pub async fn login(&self, name: &str, password: &str) -> (u16, Value) {
+        let body = json!({
+            "type": "m.login.password",
+            "identifier": { "type": "m.id.user", "user": name },
+            "password": password,
+        });
+        self.ask("POST", "/login", "", body).await
     }
 
     pub async fn administrator(&self, name: &str) -> User {
-        let homeserver = self.homeserver.lock().unwrap().clone();
+        let homeserver = self.homeserver();
         let opened = homeserver.register_by_admin(name, "secret".to_owned(), true);
         let opened = opened.await.unwrap();
         User {
-            door: self.door.clone(),
+            server: self.clone(),
             id: opened.user.to_string(),
             token: opened.access_token,
             device: opened.device,
         }
     }
-}
 
-fn homeserver(network: &Arc<Network>, config: Config, store: Store) -> Homeserver {
-    let wire = Wire {
-        transport: network.clone(),
-        key: our_key(),
-        old_keys: Vec::new(),
-    };
-    let clock = Arc::new(SystemClock::default());
-    Homeserver::new(config, clock, store, Appservices::default(), wire)
-}
-
-/// What our server signs with.
-pub fn our_key() -> SigningKey {
-    SigningKey::generate([9; 32], "1").unwrap()
-}
-
-impl Door {
-    /// A path that does not begin with `/_` is one of the client API.
-    async fn ask(&self, method: &str, path: &str, token: &str, body: &Value) -> (u16, Value) {
-        let path = match path.starts_with("/_") {
-            true => path.to_owned(),
-            false => format!("/_matrix/client/v3{path}"),
-        };
-        let body = match body.is_null() {
-            true => Body::empty(),
-            false => Body::from(body.to_string()),
-        };
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("content-type", "application/json");
-        if !token.is_empty() {
-            request = request.header("authorization", format!("Bearer {token}"));
+    /// The user of a login or registration.
+    pub fn user(&self, answer: &Value) -> User {
+        let text = |key: &str| answer[key].as_str().unwrap().to_owned();
+        User {
+            server: self.clone(),
+            id: text("user_id"),
+            token: text("access_token"),
+            device: text("device_id"),
         }
-        let router = self.0.lock().unwrap().clone();
-        let answer = router.oneshot(request.body(body).unwrap()).await.unwrap();
-        let status = answer.status().as_u16();
-        let bytes = axum::body::to_bytes(answer.into_body(), usize::MAX).await;
-        let bytes = bytes.unwrap();
-        (status, serde_json::from_slice(&bytes).unwrap_or_default())
     }
 }
 
-/// A user of ours, logged in.
+/// One of a server's users, logged in.
 #[derive(Clone)]
 pub struct User {
-    door: Door,
+    pub server: Server,
     pub id: String,
-    token: String,
+    pub token: String,
     pub device: String,
 }
 
 impl User {
     pub async fn ask(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
-        let asked = self.door.ask(method, path, &self.token, &body);
-        let Ok(answer) = tokio::time::timeout(PATIENCE, asked).await else {
-            panic!("{method} {path} is not answered");
-        };
-        answer
-    }
-
-    async fn must(&self, method: &str, path: &str, body: Value) -> Value {
-        let (status, answer) = self.ask(method, path, body).await;
-        assert_eq!(status, 200, "{method} {path}: {answer}");
-        answer
+        self.server.ask(method, path, &self.token, body).await
     }
 
     pub async fn get(&self, path: &str) -> Value {
-        self.must("GET", path, Value::Null).await
+        self.server.get("GET", path, &self.token, Value::Null).await
     }
 
     pub async fn post(&self, path: &str, body: Value) -> Value {
-        self.must("POST", path, body).await
+        self.server.get("POST", path, &self.token, body).await
     }
 
     pub async fn put(&self, path: &str, body: Value) -> Value {
-        self.must("PUT", path, body).await
+        self.server.get("PUT", path, &self.token, body).await
     }
 
     pub async fn delete(&self, path: &str) -> Value {
-        self.must("DELETE", path, json!({})).await
+        self.server
+            .get("DELETE", path, &self.token, json!({}))
+            .await
     }
 
     /// The status and errcode of a request that must fail.
@@ -218,8 +279,18 @@ impl User {
         ))
     }
 
-    pub async fn join(&self, room: &str, via: &ServerName) {
-        let path = format!("/join/{room}?via={via}");
+    pub async fn create_room(&self, request: Value) -> String {
+        let made = self.post("/createRoom", request).await;
+        made["room_id"].as_str().unwrap().to_owned()
+    }
+
+    pub async fn public_room(&self) -> String {
+        self.create_room(json!({ "preset": "public_chat" })).await
+    }
+
+    /// Joins a room, through a server that knows it.
+    pub async fn join(&self, room: &str, via: impl AsRef<str>) {
+        let path = format!("/join/{room}?via={}", via.as_ref());
         self.post(&path, json!({})).await;
     }
 
@@ -227,16 +298,12 @@ impl User {
         self.post(&format!("/rooms/{room}/leave"), json!({})).await;
     }
 
+    /// Sends a message with these words, which the user has not said before.
     pub async fn say(&self, room: &str, words: &str) -> String {
         let content = json!({ "msgtype": "m.text", "body": words });
         let path = format!("/rooms/{room}/send/m.room.message/{words}");
         let sent = self.put(&path, content).await;
         sent["event_id"].as_str().unwrap().to_owned()
-    }
-
-    pub async fn public_room(&self) -> String {
-        let made = self.post("/createRoom", json!({ "preset": "public_chat" }));
-        made.await["room_id"].as_str().unwrap().to_owned()
     }
 
     /// Whether `/event` shows it; where not, it says so as it should (T-0g).
@@ -257,9 +324,24 @@ impl User {
         self.put(&path, json!({ "display_name": name })).await;
     }
 
-    pub async fn query_keys(&self, of: &str) {
+    pub async fn query_keys(&self, of: &str) -> Value {
         let query = json!({ "device_keys": { of: [] } });
-        self.post("/keys/query", query).await;
+        self.post("/keys/query", query).await
+    }
+
+    /// Syncs until there is what `look` finds; with it comes the token from there on.
+    pub async fn sync_until<T>(
+        &self,
+        since: Option<&str>,
+        look: impl Fn(&Value) -> Option<T>,
+    ) -> (T, String) {
+        let mut syncs = Syncs {
+            since: since.map(str::to_owned),
+            ..self.eager()
+        };
+        let found = syncs.until("what is looked for", look).await;
+        let since = syncs.since.expect("a sync has a token");
+        (found, since)
     }
 
     /// Syncs from the beginning with all members.
@@ -367,8 +449,8 @@ impl Syncs {
         }
     }
 
-    pub async fn until_joined(&mut self, room: &Room) -> Value {
-        let found = |sync: &Value| joined(sync, room).cloned();
+    pub async fn until_joined(&mut self, room: impl AsRef<str>) -> Value {
+        let found = |sync: &Value| joined(sync, &room).cloned();
         self.until("the room", found).await
     }
 
@@ -386,8 +468,8 @@ impl Syncs {
         .await
     }
 
-    pub async fn until_left(&mut self, room: &Room) -> Value {
-        let found = |sync: &Value| sync["rooms"]["leave"].get(room.id.as_str()).cloned();
+    pub async fn until_left(&mut self, room: impl AsRef<str>) -> Value {
+        let found = |sync: &Value| sync["rooms"]["leave"].get(room.as_ref()).cloned();
         self.until("the end of it", found).await
     }
 
@@ -405,8 +487,8 @@ impl Syncs {
     }
 }
 
-pub fn joined<'a>(sync: &'a Value, room: &Room) -> Option<&'a Value> {
-    sync["rooms"]["join"].get(room.id.as_str())
+pub fn joined(sync: &Value, room: impl AsRef<str>) -> Option<&Value> {
+    sync["rooms"]["join"].get(room.as_ref())
 }
 
 /// The items of a list, none if it is not there.
@@ -421,124 +503,6 @@ pub fn members_in_state(room: &Value) -> BTreeSet<&str> {
     members
         .filter_map(|event| event["state_key"].as_str())
         .collect()
-}
-
-/// A room of a resident, with charlie and derek in it, and our server, which is not yet.
-pub struct Stage {
-    pub network: Arc<Network>,
-    pub here: Server,
-    pub resident: Arc<Resident>,
-    pub room: Arc<Room>,
-    /// Other residents, if the test wants some.
-    pub others: Vec<Arc<Resident>>,
-    gate: Gate,
-}
-
-impl Stage {
-    pub async fn set() -> Self {
-        Self::set_with(&[], |_| ()).await
-    }
-
-    /// As [`Self::set`], with these levels of power and settings.
-    pub async fn set_with(levels: &[(&str, i64)], change: impl FnOnce(&mut Config)) -> Self {
-        let stage = Self::empty(levels, change).await;
-        let derek = stage.resident.user("derek");
-        stage.send(member(&derek, &derek, "join"));
-        stage
-    }
-
-    /// With charlie alone in the room.
-    pub async fn empty(levels: &[(&str, i64)], change: impl FnOnce(&mut Config)) -> Self {
-        let network = Arc::new(Network::default());
-        let here = Server::start(&network, "here.test", change).await;
-        let resident = Resident::start(&network, "resident.test");
-        let room = Room::new(&resident, levels);
-        Self {
-            network,
-            here,
-            resident,
-            room,
-            others: Vec::new(),
-            gate: Gate::new(false),
-        }
-    }
-
-    /// Another server, which holds the same room.
-    pub fn second(&mut self) -> Arc<Resident> {
-        let second = Resident::start(&self.network, "second.test");
-        second.holds(&self.room);
-        self.others.push(second.clone());
-        second
-    }
-
-    /// An event by a user of the resident, which our server is not told of.
-    pub fn send(&self, new: crate::dag::New) -> Arc<Pdu> {
-        self.room.send(&self.resident, new)
-    }
-
-    /// The resident sends these to our server.
-    pub async fn tell(&self, pdus: &[&Arc<Pdu>]) {
-        self.resident.send(&self.here.name, pdus, &[]).await;
-    }
-
-    /// The user joins. The state before the join is asked for, and held back.
-    pub async fn join(&self, user: &User) {
-        self.resident.serve_state(&self.room, &self.gate);
-        user.join(self.room.id.as_str(), &self.resident.name).await;
-    }
-
-    /// From here on the state before the join is answered.
-    pub fn release(&self) {
-        self.gate.open();
-    }
-
-    /// Waits until the room is full.
-    pub async fn until_full(&self, user: &User) {
-        user.get(&format!("/rooms/{}/members", self.room.id)).await;
-    }
-
-    /// The end of most tests (T-0d): the resync ends, the user leaves, and the resident hears of it.
-    pub async fn end(&self, user: &User) {
-        self.release();
-        self.until_full(user).await;
-        user.leave(self.room.id.as_str()).await;
-        self.resident.leave_of(&user.id).await;
-    }
-
-    /// T-0f: the event has come, and the room is partial; in the end the state at the event is that of the
-    /// residents.
-    pub async fn check_receiving(&self, user: &User, lazy: &mut Syncs, event: &Pdu) {
-        lazy.until_event(event).await;
-        let asked = self.resident.state_ids(&self.here.name, &self.room, event);
-        let refused = asked.await;
-        assert!(
-            matches!(refused, Err(AskError::Refused { status: 403, .. })),
-            "{refused:?}"
-        );
-        self.release();
-        user.eager().until_joined(&self.room).await;
-        let somebody = format!(
-            "/rooms/{}/state/m.room.member/@nobody:elsewhere.test",
-            self.room.id
-        );
-        user.ask("GET", &somebody, Value::Null).await;
-        let asked = self.resident.state_ids(&self.here.name, &self.room, event);
-        let state: BTreeSet<String> = asked.await.unwrap().into_iter().collect();
-        let expected = self.room.all_state().into_iter();
-        let expected = expected.map(|pdu| pdu.event_id.to_string()).collect();
-        assert_eq!(state, expected);
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            self.resident.assert_quiet();
-            for other in &self.others {
-                other.assert_quiet();
-            }
-        }
-    }
 }
 
 /// Asks again and again; what is waited for is not announced.

@@ -1,4 +1,4 @@
-//! A room of version 11 as its residents know it: every event, and the state that is true.
+//! A room as its residents know it: every event, and the state that is true.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -14,10 +14,12 @@ use serde_json::{Map, Value, json};
 
 use crate::resident::Resident;
 
+/// Of rooms for which the test has no other wish.
 pub const VERSION: RoomVersion = RoomVersion::V11;
 
 pub struct Room {
     pub id: RoomId,
+    pub version: RoomVersion,
     dag: Mutex<Dag>,
 }
 
@@ -81,33 +83,38 @@ impl New {
 impl Room {
     /// A public room of this resident's charlie, with these users in its power levels.
     pub fn new(founder: &Resident, levels: &[(&str, i64)]) -> Arc<Self> {
+        Self::found(founder, VERSION, levels)
+    }
+
+    pub fn found(founder: &Resident, version: RoomVersion, levels: &[(&str, i64)]) -> Arc<Self> {
         let charlie = founder.user("charlie");
+        let hashed = version.rules().room_id_is_create_hash;
+        let create = json!({ "room_version": version.as_str(), "creator": charlie });
+        let create = state(&charlie, "m.room.create", "", create);
         let id = format!("!room{}:{}", founder.next_number(), founder.name);
-        let room = Arc::new(Self {
+        let mut room = Self {
             id: RoomId::parse(&id).unwrap(),
+            version,
             dag: Mutex::default(),
-        });
-        let mut users = Map::from_iter([(charlie.clone(), json!(100))]);
+        };
+        let create = room.make(founder, create);
+        room.id = create.room_id.clone();
+        room.add(&create);
+        let room = Arc::new(room);
+        let mut users = Map::new();
+        if !hashed {
+            users.insert(charlie.clone(), json!(100));
+        }
         for (localpart, level) in levels {
             users.insert(founder.user(localpart), json!(level));
         }
-        let create = json!({ "room_version": VERSION.as_str() });
+        let users = json!({ "users": users });
+        let rules = json!({ "join_rule": "public" });
         let visibility = json!({ "history_visibility": "shared" });
         for event in [
-            state(&charlie, "m.room.create", "", create),
             member(&charlie, &charlie, "join"),
-            state(
-                &charlie,
-                "m.room.power_levels",
-                "",
-                json!({ "users": users }),
-            ),
-            state(
-                &charlie,
-                "m.room.join_rules",
-                "",
-                json!({ "join_rule": "public" }),
-            ),
+            state(&charlie, "m.room.power_levels", "", users),
+            state(&charlie, "m.room.join_rules", "", rules),
             state(&charlie, "m.room.history_visibility", "", visibility),
         ] {
             room.send(founder, event);
@@ -117,14 +124,15 @@ impl Room {
     }
 
     /// What a send_join gave.
-    pub fn of(id: RoomId, parts: Vec<(Section, Vec<RawPdu>)>) -> Arc<Self> {
+    pub fn of(id: RoomId, version: RoomVersion, parts: Vec<(Section, Vec<RawPdu>)>) -> Arc<Self> {
         let room = Self {
             id,
+            version,
             dag: Mutex::default(),
         };
         for (section, pdus) in parts {
             for pdu in pdus {
-                let pdu = Arc::new(Pdu::parse(&pdu, VERSION).unwrap());
+                let pdu = Arc::new(Pdu::parse(&pdu, version).unwrap());
                 match section {
                     Section::State => room.add(&pdu),
                     Section::AuthChain => room.dag.lock().unwrap().know(&pdu),
@@ -137,6 +145,7 @@ impl Room {
     /// Makes and signs an event that nobody but the test knows.
     pub fn make(&self, by: &Resident, new: New) -> Arc<Pdu> {
         let sender = UserId::parse(&new.sender).unwrap();
+        let makes_id = self.version.rules().room_id_is_create_hash && new.kind == "m.room.create";
         let key = new.key.as_deref();
         let (prev_events, auth_events, depth) = {
             let dag = self.dag.lock().unwrap();
@@ -147,7 +156,7 @@ impl Room {
             let depths = prev.iter().map(|id| dag.depth(id));
             let depth = depths.max().unwrap_or(0) + 1;
             let auth = new.auth.unwrap_or_else(|| {
-                let wanted = auth_types(VERSION, &new.kind, &sender, key, &new.content);
+                let wanted = auth_types(self.version, &new.kind, &sender, key, &new.content);
                 let found = wanted.iter().filter_map(|(kind, key)| {
                     let pdu = dag.state.get(&(kind.to_string(), key.to_string()))?;
                     Some(pdu.event_id.clone())
@@ -157,7 +166,7 @@ impl Room {
             (prev, auth, depth)
         };
         let draft = PduDraft {
-            room_id: Some(self.id.clone()),
+            room_id: Some(self.id.clone()).filter(|_| !makes_id),
             sender,
             kind: new.kind,
             state_key: new.key,
@@ -169,7 +178,7 @@ impl Room {
             redacts: None,
             extra: Map::new(),
         };
-        let pdu = draft.sign(by.key(), &by.name, VERSION).unwrap();
+        let pdu = draft.sign(by.key(), &by.name, self.version).unwrap();
         let pdu = Arc::new(pdu);
         self.dag.lock().unwrap().know(&pdu);
         pdu
@@ -251,7 +260,7 @@ impl Room {
     pub fn template(&self, user: &UserId, content: Value) -> Value {
         let dag = self.dag.lock().unwrap();
         let wanted = auth_types(
-            VERSION,
+            self.version,
             "m.room.member",
             user,
             Some(user.as_str()),

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
@@ -21,10 +20,7 @@ use tokio::sync::watch;
 
 use crate::dag::{Room, VERSION, ids, now_ms};
 use crate::network::Network;
-use crate::world::our_key;
-
-/// Only ever reached by a test that fails.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+use crate::world::{PATIENCE, key_of};
 
 pub struct Resident {
     pub name: ServerName,
@@ -108,9 +104,7 @@ impl Resident {
     /// Puts a server with this name on the network.
     pub fn start(network: &Arc<Network>, name: &str) -> Arc<Self> {
         let name = ServerName::parse(name).unwrap();
-        let mut seed = [7; 32];
-        seed[..name.as_str().len()].copy_from_slice(name.as_str().as_bytes());
-        let key = SigningKey::generate(seed, "1").unwrap();
+        let key = key_of(&name);
         let resident = Arc::new(Self {
             client: Client::new(network.clone(), name.clone(), key.clone()),
             name: name.clone(),
@@ -437,10 +431,15 @@ impl Resident {
             room: id.clone(),
             user: UserId::parse(user).unwrap(),
         };
-        let Answer::Made { event, .. } = self.ask(at, make).await.unwrap() else {
+        let Answer::Made {
+            room_version,
+            event,
+        } = self.ask(at, make).await.unwrap()
+        else {
             panic!("no template");
         };
-        let join = self.sign(&event);
+        let version = RoomVersion::parse(&room_version.unwrap()).unwrap();
+        let join = self.sign(&event, version);
         let send = Ask::Send {
             what: Handshake::Join,
             room: id.clone(),
@@ -453,25 +452,25 @@ impl Resident {
             parts.lock().unwrap().push((section, pdus));
         });
         sent.await.unwrap();
-        let room = Room::of(id, parts.into_inner().unwrap());
+        let room = Room::of(id, join.version, parts.into_inner().unwrap());
         room.add(&join);
         self.holds(&room);
         (room, join)
     }
 
-    pub fn sign(&self, template: &str) -> Arc<Pdu> {
+    pub fn sign(&self, template: &str, version: RoomVersion) -> Arc<Pdu> {
         let Value::Object(mut event) = serde_json::from_str(template).unwrap() else {
             panic!("{template}");
         };
         event.insert("origin_server_ts".to_owned(), now_ms().into());
-        Arc::new(protocol::build::sign(event, &self.key, &self.name, VERSION).unwrap())
+        Arc::new(protocol::build::sign(event, &self.key, &self.name, version).unwrap())
     }
 }
 
 impl Resident {
     /// An event that our server has made and signed. A join that charlie authorises is signed here, too.
     fn read(&self, pdu: &str) -> Pdu {
-        let mut pdu = Pdu::parse(pdu, VERSION).unwrap();
+        let mut pdu = Pdu::parse(pdu, self.version_of(pdu)).unwrap();
         assert!(!pdu.redacted, "a wrong hash: {}", pdu.json);
         if self.script.lock().unwrap().authorises && pdu.membership() == Some("join") {
             pdu = protocol::build::cosign(&pdu, &self.key, &self.name).unwrap();
@@ -481,13 +480,18 @@ impl Resident {
     }
 }
 
+impl Resident {
+    /// That of the room of this event.
+    fn version_of(&self, pdu: &str) -> RoomVersion {
+        let pdu: Value = serde_json::from_str(pdu).unwrap();
+        let room = self.room(pdu["room_id"].as_str().unwrap_or_default());
+        room.map_or(VERSION, |room| room.version)
+    }
+}
+
 impl Keys for Resident {
     fn key(&self, of: &ServerName, _: &str, _: i64, _: RoomVersion) -> Option<VerifyKey> {
-        match *of == self.name {
-            true => Some(self.key.verify_key()),
-            // All servers under test have the same key.
-            false => Some(our_key().verify_key()),
-        }
+        Some(key_of(of).verify_key())
     }
 }
 
@@ -519,9 +523,10 @@ async fn make_join(State(here): Here, Path((room, user)): Path<(String, String)>
     if here.script.lock().unwrap().authorises {
         content["join_authorised_via_users_server"] = here.user("charlie").into();
     }
-    let event = here.room(&room)?.template(&user, content);
+    let room = here.room(&room)?;
+    let event = room.template(&user, content);
     Ok(Json(
-        json!({ "room_version": VERSION.as_str(), "event": event }),
+        json!({ "room_version": room.version.as_str(), "event": event }),
     ))
 }
 
@@ -531,11 +536,10 @@ async fn make_leave(State(here): Here, Path((room, user)): Path<(String, String)
     }
     here.note(format!("make_leave {user}"));
     let user = UserId::parse(&user).unwrap();
-    let event = here
-        .room(&room)?
-        .template(&user, json!({ "membership": "leave" }));
+    let room = here.room(&room)?;
+    let event = room.template(&user, json!({ "membership": "leave" }));
     Ok(Json(
-        json!({ "room_version": VERSION.as_str(), "event": event }),
+        json!({ "room_version": room.version.as_str(), "event": event }),
     ))
 }
 
