@@ -341,6 +341,13 @@ pub struct JoinWish {
     pub extra: Map<String, Value>,
 }
 
+/// What comes of an attempt to join without another server.
+enum Local {
+    Joined,
+    /// It takes a handshake; these servers may be in the room.
+    Handshake(Vec<ServerName>),
+}
+
 impl Rooms<'_> {
     /// `POST /join/{roomIdOrAlias}`. Returns when the room is usable; the rest is opened behind.
     pub async fn join(&self, user: &UserId, target: &str, wish: JoinWish) -> Result<RoomId> {
@@ -374,15 +381,17 @@ impl Rooms<'_> {
         member: Member,
         servers: Vec<ServerName>,
     ) -> Result<RoomId> {
-        if let Some(joined) = self.join_locally(&room, user, &member, &servers).await? {
-            return joined.map(|()| room);
+        match self.join_locally(&room, user, &member, &servers).await? {
+            Local::Joined => return Ok(room),
+            Local::Handshake(_) => {}
         }
         let lock = self.hs.handshakes().lock_of(&room);
         let _one_at_a_time = lock.lock_owned().await;
-        // Another user of ours may have opened the door meanwhile (J-22).
-        if let Some(joined) = self.join_locally(&room, user, &member, &servers).await? {
-            return joined.map(|()| room);
-        }
+        // Another user of ours may have opened the door meanwhile (J-22), or the room may have become full.
+        let servers = match self.join_locally(&room, user, &member, &servers).await? {
+            Local::Joined => return Ok(room),
+            Local::Handshake(servers) => servers,
+        };
         let head = self.head(&room).await?;
         let candidates = self
             .candidates(&room, user, servers, head.as_deref())
@@ -390,30 +399,29 @@ impl Rooms<'_> {
         self.join_remotely(room, user, member, candidates).await
     }
 
-    /// `None` when it takes a handshake with another server (J-16 to J-20).
+    /// Joins without another server, where that can be (J-16 to J-20).
     async fn join_locally(
         &self,
         room: &RoomId,
         user: &UserId,
         member: &Member,
         via: &[ServerName],
-    ) -> Result<Option<Result<()>>> {
+    ) -> Result<Local> {
+        let elsewhere = || Ok(Local::Handshake(via.to_vec()));
         let Some(head) = self
             .head(room)
             .await?
             .filter(|head| !head.local_joined.is_empty())
         else {
-            return Ok(None);
+            return elsewhere();
         };
         let membership = self.membership(room, user).await?;
         if membership.as_deref() == Some("ban") {
-            return Ok(Some(Err(MatrixError::forbidden(
-                "You are banned from this room",
-            ))));
+            return Err(MatrixError::forbidden("You are banned from this room"));
         }
         // What we see of a partial room may hide a ban: a full server must vet the join (J-17).
         if head.partial.is_some() && membership.as_deref() != Some("join") {
-            return Ok(None);
+            return elsewhere();
         }
         let draft = send::Draft::state(
             user.clone(),
@@ -422,21 +430,13 @@ impl Rooms<'_> {
             content_of("join", member),
         );
         match self.try_send(vec![draft], room).await? {
-            Ok(_) => Ok(Some(Ok(()))),
-            Err(Unsent::JoinRemotely(servers)) => {
-                let sources = servers.iter().chain(via);
-                let candidates = candidates::order(sources, &self.hs.config().server_name);
-                let lock = self.hs.handshakes().lock_of(room);
-                let _one_at_a_time = lock.lock_owned().await;
-                let joined = self
-                    .join_remotely(room.clone(), user, member.clone(), candidates)
-                    .await;
-                Ok(Some(joined.map(|_| ())))
+            Ok(_) => Ok(Local::Joined),
+            Err(Unsent::JoinRemotely(mut servers)) => {
+                servers.extend_from_slice(via);
+                Ok(Local::Handshake(servers))
             }
-            Err(Unsent::Refused(refusal)) => Ok(Some(Err(refusal.into()))),
-            Err(Unsent::AskAllowed(_)) => Ok(Some(Err(MatrixError::forbidden(
-                "You may not join this room",
-            )))),
+            Err(Unsent::Refused(refusal)) => Err(refusal.into()),
+            Err(Unsent::AskAllowed(_)) => Err(MatrixError::forbidden("You may not join this room")),
         }
     }
 
