@@ -208,6 +208,7 @@ impl Making {
         let prevs = view.prevs();
         let nids: Vec<_> = prevs.iter().map(|prev| prev.nid).collect();
         let (before, _) = view.before(facts, &nids)?;
+        let prev_events = view.references(facts, &prevs)?;
         let user = request.user.as_str();
         let keys = auth::auth_types(
             head.version,
@@ -226,7 +227,7 @@ impl Making {
             kind: "m.room.member".to_owned(),
             state_key: Some(user.to_owned()),
             content,
-            prev_events: prevs.into_iter().map(|p| p.event_id.into()).collect(),
+            prev_events,
             auth_events: auth_events
                 .values()
                 .map(|(_, pdu)| (&**pdu).into())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::auth;
-use protocol::build::PduDraft;
+use protocol::build::{PduDraft, Reference};
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
@@ -143,7 +143,7 @@ impl Send {
             .drafts
             .first()
             .ok_or_else(|| Refusal::invalid_param("a room needs a create event"))?;
-        let create = this.sign(version, room, create, &[], Vec::new(), 1)?;
+        let create = this.sign(version, room, create, Vec::new(), Vec::new(), 1)?;
         // What is signed once stays: in version 12 the room's id hangs on it.
         this.drafts[0].origin_server_ts = Some(create.origin_server_ts);
         let facts = Facts::new(create.room_id.clone());
@@ -339,13 +339,13 @@ impl Sending {
         let prevs = progress.view.prevs();
         let nids: Vec<_> = prevs.iter().map(|prev| prev.nid).collect();
         let (mut before, partial) = progress.view.before(facts, &nids)?;
-        let mut prev_ids: Vec<EventId> = prevs.iter().map(|p| p.event_id.clone()).collect();
+        let mut prev_events = progress.view.references(facts, &prevs)?;
         let mut depth = prevs.iter().map(|p| p.depth).max().unwrap_or(0);
         let own_key = state_key(draft);
         facts.number(version, [], own_key.iter().chain([&create_key()]).cloned())?;
         if let Some(invite) = own_invite(facts, &before, draft, &self.own)? {
             depth = depth.max(invite.depth);
-            prev_ids.push(invite.event_id.clone());
+            prev_events.push((&*invite).into());
             before = with_invite(facts, before, &invite);
         }
         let draft = match self.completed(facts, progress, &before, draft)? {
@@ -358,12 +358,9 @@ impl Sending {
         let keys = draft_auth_keys(version, &draft);
         facts.number(version, [], keys.iter().cloned())?;
         let events = facts.state_events(&before, &keys)?;
-        let auth_ids = events
-            .values()
-            .map(|(_, pdu)| pdu.event_id.clone())
-            .collect();
+        let auth_events = events.values().map(|(_, pdu)| (&**pdu).into()).collect();
         let room = Some(facts.room.clone());
-        let signed = self.sign(version, room, &draft, &prev_ids, auth_ids, depth + 1);
+        let signed = self.sign(version, room, &draft, prev_events, auth_events, depth + 1);
         let pdu = match signed {
             Ok(pdu) => Arc::new(pdu),
             Err(refusal) => return Ok(Err(refusal.into())),
@@ -430,8 +427,8 @@ impl Sending {
         version: RoomVersion,
         room: Option<RoomId>,
         draft: &Draft,
-        prevs: &[EventId],
-        auth: Vec<EventId>,
+        prev_events: Vec<Reference>,
+        auth_events: Vec<Reference>,
         depth: i64,
     ) -> Result<Pdu, Refusal> {
         let is_create = draft.kind == "m.room.create";
@@ -442,8 +439,8 @@ impl Sending {
             kind: draft.kind.clone(),
             state_key: draft.state_key.clone(),
             content: draft.content.clone(),
-            prev_events: prevs.iter().cloned().map(Into::into).collect(),
-            auth_events: auth.into_iter().map(Into::into).collect(),
+            prev_events,
+            auth_events,
             depth,
             origin_server_ts: draft.origin_server_ts.unwrap_or(self.now.unix_ms),
             redacts: draft.redacts.clone(),

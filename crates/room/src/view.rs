@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use protocol::build::Reference;
 use protocol::id::EventId;
 use protocol::nid::{EventNid, KeyNid};
 use protocol::pdu::Pdu;
@@ -59,6 +60,17 @@ impl View {
         prevs.sort_by(|a, b| b.depth.cmp(&a.depth).then(a.event_id.cmp(&b.event_id)));
         prevs.truncate(PREV_EVENTS_MAX);
         prevs
+    }
+
+    /// What a new event writes down of its prev events: their hashes too, where the version has them.
+    pub fn references(&self, facts: &Facts, prevs: &[Extremity]) -> Got<Vec<Reference>> {
+        if !self.version.rules().reference_pairs {
+            let ids = prevs.iter().map(|prev| prev.event_id.clone());
+            return Ok(ids.map(Into::into).collect());
+        }
+        let nids: Vec<_> = prevs.iter().map(|prev| prev.nid).collect();
+        let pdus = facts.pdus(&nids)?;
+        Ok(pdus.iter().map(|pdu| (&**pdu).into()).collect())
     }
 
     /// The state that these prev events come to, and whether it is partial (P-5, P-8).
