@@ -29,6 +29,7 @@ pub mod full_state;
 mod guests;
 mod ignored;
 pub mod incoming;
+mod invite_permission;
 pub mod jobs;
 pub mod key_query;
 pub mod limits;

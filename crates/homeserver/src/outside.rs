@@ -144,6 +144,7 @@ impl Rooms<'_> {
     ) -> Result<()> {
         let draft = send::Draft::state(sender.clone(), "m.room.member", target.as_str(), content);
         if self.hs.config().is_ours(target) {
+            self.hs.check_may_invite(target, sender).await?;
             return self.send_all(vec![draft], room).await.map(drop);
         }
         let machine = Invite::new(
@@ -278,15 +279,19 @@ impl Homeserver {
     /// `PUT /invite/{roomId}/{eventId}`: checks, signs and keeps an invite for one of our users. The
     /// answer is the event with our signature.
     pub async fn take_invite(&self, invite: ReceivedInvite) -> Result<Arc<Pdu>> {
-        let invitee = serde_json::from_str::<Value>(&invite.event)
-            .ok()
-            .and_then(|event| UserId::parse(event.get("state_key")?.as_str()?).ok());
-        if let Some(user) = invitee.filter(|user| self.config().is_ours(user)) {
+        let event: Value = serde_json::from_str(&invite.event).unwrap_or_default();
+        let user = |key: &str| UserId::parse(event.get(key)?.as_str()?).ok();
+        let inviter = user("sender");
+        let invitee = user("state_key").filter(|user| self.config().is_ours(user));
+        if let Some(user) = invitee {
             if !self.user_exists(&user).await? {
                 return Err(MatrixError::not_found("There is no such user"));
             }
             if self.is_notices_user(&user) {
                 return Err(MatrixError::forbidden("This user can not be invited"));
+            }
+            if let Some(inviter) = inviter {
+                self.check_may_invite(&user, &inviter).await?;
             }
         }
         let machine = TakeInvite::new(self.own().clone(), invite);

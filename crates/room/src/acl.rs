@@ -36,8 +36,8 @@ fn matches_any(content: &Value, key: &str, host: &str) -> bool {
         .any(|glob| matches(glob, host))
 }
 
-/// `*` is any run of characters, `?` one. Linear in the product of the lengths.
-fn matches(glob: &str, host: &str) -> bool {
+/// `*` is any run of characters, `?` one, and case does not matter. Linear in the product of the lengths.
+pub fn matches(glob: &str, host: &str) -> bool {
     let glob: Vec<char> = glob.to_lowercase().chars().collect();
     let host: Vec<char> = host.to_lowercase().chars().collect();
     let (mut g, mut h) = (0, 0);

@@ -13,6 +13,7 @@ use super::lazy::SentMembers;
 use super::room::{self, Span};
 use super::token::{PageToken, SyncToken};
 use super::{Ask, Built, SentNow, devices};
+use crate::invite_permission::Permission;
 use crate::receipts;
 use crate::room_view::{RoomView, Standing, membership_of};
 use crate::typing::Typing;
@@ -405,7 +406,8 @@ impl Look<'_> {
         let Some((events, sender)) = self.stripped(membership)? else {
             return Ok(None);
         };
-        if self.ignored.contains(&sender) {
+        let wanted = Permission::of(self.c, &self.ask.reader.user, &sender)?;
+        if self.ignored.contains(&sender) || wanted != Permission::Allowed {
             return Ok(None);
         }
         Ok(Some(json!({ "invite_state": { "events": events } })))
