@@ -1,6 +1,7 @@
 //! Whole servers that talk to each other through their real doors, over a network in memory.
 
 #[path = "common/network.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod network;
 
 use std::sync::{Arc, Mutex};

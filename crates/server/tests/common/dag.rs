@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD as BASE64;
 use homeserver::clock::{Clock as _, SystemClock};
 use protocol::auth::auth_types;
 use protocol::build::{PduDraft, Reference};
@@ -73,6 +75,15 @@ impl New {
         self
     }
 
+    pub fn become_kind(&mut self, kind: &str) {
+        self.kind = kind.to_owned();
+    }
+
+    /// With this in its content.
+    pub fn set(&mut self, key: &str, value: Value) {
+        self.content[key] = value;
+    }
+
     /// With these auth events, whether or not they are the right ones.
     pub fn standing_on(mut self, auth: &[&Pdu]) -> Self {
         self.auth = Some(auth.iter().map(|pdu| pdu.event_id.clone()).collect());
@@ -89,9 +100,15 @@ impl Room {
     pub fn found(founder: &Resident, version: RoomVersion, levels: &[(&str, i64)]) -> Arc<Self> {
         let charlie = founder.user("charlie");
         let hashed = version.rules().room_id_is_create_hash;
-        let create = json!({ "room_version": version.as_str(), "creator": charlie });
+        let number = founder.next_number();
+        // Without its number a room of version 12 might have the id of another.
+        let create = json!({
+            "room_version": version.as_str(),
+            "creator": charlie,
+            "number": number,
+        });
         let create = state(&charlie, "m.room.create", "", create);
-        let id = format!("!room{}:{}", founder.next_number(), founder.name);
+        let id = format!("!room{number}:{}", founder.name);
         let mut room = Self {
             id: RoomId::parse(&id).unwrap(),
             version,
@@ -182,6 +199,34 @@ impl Room {
         let pdu = Arc::new(pdu);
         self.dag.lock().unwrap().know(&pdu);
         pdu
+    }
+
+    /// Makes an event that breaks a rule of the room's version, by the rules of another one.
+    pub fn make_with(
+        &self,
+        by: &Resident,
+        new: New,
+        version: RoomVersion,
+        change: impl FnOnce(&mut Value),
+    ) -> Arc<Pdu> {
+        let good = self.make(by, new);
+        let mut event: Value = serde_json::from_str(&good.json).unwrap();
+        change(&mut event);
+        let Value::Object(event) = event else {
+            panic!("an event is an object");
+        };
+        let pdu = Arc::new(sign_anything(event, by, version));
+        self.dag.lock().unwrap().know(&pdu);
+        pdu
+    }
+
+    /// Forgets an event that is the newest of its kind.
+    pub fn lose(&self, pdu: &Pdu) {
+        let mut dag = self.dag.lock().unwrap();
+        dag.events.remove(&pdu.event_id);
+        if let Some(key) = &pdu.state_key {
+            dag.state.remove(&(pdu.kind.to_string(), key.to_string()));
+        }
     }
 
     /// Makes an event that is true in the room.
@@ -283,6 +328,19 @@ impl Room {
             "depth": tip.depth + 1,
         })
     }
+}
+
+/// Signs what our own signer would refuse to.
+fn sign_anything(mut event: Map<String, Value>, by: &Resident, version: RoomVersion) -> Pdu {
+    let hash = protocol::hash::content_hash(&event, version).unwrap();
+    event.insert(
+        "hashes".to_owned(),
+        json!({ "sha256": BASE64.encode(hash) }),
+    );
+    event.insert("signatures".to_owned(), json!({}));
+    let unsigned = Value::Object(event).to_string();
+    let unsigned = Pdu::parse(&unsigned, version).unwrap();
+    protocol::build::cosign(&unsigned, by.key(), &by.name).unwrap()
 }
 
 impl Dag {

@@ -1,6 +1,6 @@
 //! A network in memory: who can be reached, by name, and what was asked.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
 
 use axum::Router;
@@ -15,6 +15,8 @@ use tower::ServiceExt as _;
 #[derive(Default)]
 pub struct Network {
     servers: Mutex<HashMap<ServerName, Router>>,
+    /// Those that nobody can reach for a while.
+    cut: Mutex<BTreeSet<ServerName>>,
     asked: Mutex<Vec<String>>,
 }
 
@@ -22,6 +24,15 @@ impl Network {
     /// From here on requests to this name come to these doors.
     pub fn add(&self, name: ServerName, router: Router) {
         self.servers.lock().unwrap().insert(name, router);
+    }
+
+    /// From here on nobody reaches this server; it reaches others.
+    pub fn cut(&self, name: &ServerName) {
+        self.cut.lock().unwrap().insert(name.clone());
+    }
+
+    pub fn mend(&self, name: &ServerName) {
+        self.cut.lock().unwrap().remove(name);
     }
 
     /// How often a path was asked for.
@@ -33,7 +44,9 @@ impl Network {
 
 impl Transport for Network {
     fn send(&self, request: Request) -> BoxFuture<'_, Result<Response, TransportError>> {
+        let cut = self.cut.lock().unwrap().contains(&request.to);
         let router = self.servers.lock().unwrap().get(&request.to).cloned();
+        let router = router.filter(|_| !cut);
         let line = format!("{} {}", request.method, request.path_and_query);
         self.asked.lock().unwrap().push(line);
         Box::pin(async move {

@@ -1,7 +1,7 @@
 //! A server of the room, played by the test: it serves what it is told to, notes what it is sent, and whatever
 //! else happens is a fault (T-0c).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -40,7 +40,10 @@ struct Script {
     /// By the event that is asked about.
     states: BTreeMap<EventId, ServedState>,
     event_auth: bool,
-    gap: Option<(EventId, Vec<Arc<Pdu>>)>,
+    /// By the event before which they are missing.
+    gaps: BTreeMap<EventId, Vec<Arc<Pdu>>>,
+    /// Not served by `/event`.
+    hidden: BTreeSet<EventId>,
     devices: bool,
     leaves: bool,
     /// `servers_in_room` names nobody else.
@@ -58,6 +61,14 @@ struct Script {
     /// Its copy of this event is badly signed.
     forged: Option<EventId>,
     history: bool,
+    /// Joins are answered with the whole state, whatever was asked for.
+    full: bool,
+    /// The test wants to hear of the devices of those who join in full.
+    hears_of_devices: bool,
+    /// `send_join` is served in its first version only.
+    only_v1: bool,
+    /// What is answered instead, by the endpoint's name.
+    answers: BTreeMap<String, (u16, Value)>,
 }
 
 struct ServedState {
@@ -90,6 +101,8 @@ struct Heard {
     pdus: Vec<Arc<Pdu>>,
     edus: Vec<Value>,
     asked: Vec<String>,
+    /// The earliest and the latest of each `get_missing_events`.
+    gaps: Vec<(Vec<EventId>, Vec<EventId>)>,
     faults: Vec<String>,
 }
 
@@ -119,6 +132,7 @@ impl Resident {
         let router = Router::new()
             .route("/_matrix/key/v2/server", get(keys))
             .route(&v1("/make_join/{room}/{user}"), get(make_join))
+            .route(&v1("/send_join/{room}/{event}"), put(send_join_v1))
             .route(
                 "/_matrix/federation/v2/send_join/{room}/{event}",
                 put(send_join),
@@ -141,6 +155,13 @@ impl Resident {
             .with_state(resident.clone());
         network.add(name, router);
         resident
+    }
+
+    /// Somebody who says to be this server, and has not its key.
+    pub fn impostor(network: &Arc<Network>, name: &str) -> Client {
+        let name = ServerName::parse(name).unwrap();
+        let key = SigningKey::generate([99; 32], "1").unwrap();
+        Client::new(network.clone(), name, key)
     }
 
     pub fn user(&self, localpart: &str) -> String {
@@ -200,10 +221,17 @@ impl Resident {
         self.script.lock().unwrap().event_auth = true;
     }
 
-    /// Serves `get_missing_events` before this event, and before no other.
+    /// From here on `/event` does not give this.
+    pub fn hide(&self, pdu: &Pdu) {
+        let mut script = self.script.lock().unwrap();
+        script.hidden.insert(pdu.event_id.clone());
+    }
+
+    /// Serves `get_missing_events` before this event, and before no other that is not named so.
     pub fn serve_gap(&self, latest: &Pdu, events: &[&Arc<Pdu>]) {
         let events = events.iter().map(|pdu| (*pdu).clone()).collect();
-        self.script.lock().unwrap().gap = Some((latest.event_id.clone(), events));
+        let mut script = self.script.lock().unwrap();
+        script.gaps.insert(latest.event_id.clone(), events);
     }
 
     /// Serves devices of anybody, and counts who asks.
@@ -257,6 +285,44 @@ impl Resident {
 
     pub fn serve_history(&self) {
         self.script.lock().unwrap().history = true;
+    }
+
+    pub fn serve_full_joins(&self) {
+        self.script.lock().unwrap().full = true;
+    }
+
+    pub fn hear_of_devices(&self) {
+        self.script.lock().unwrap().hears_of_devices = true;
+    }
+
+    pub fn serve_only_v1_joins(&self) {
+        let mut script = self.script.lock().unwrap();
+        (script.only_v1, script.full) = (true, true);
+    }
+
+    /// From here on it does not know of the room.
+    pub fn forget(&self, room: &Room) {
+        self.rooms.lock().unwrap().remove(&room.id);
+    }
+
+    /// `make_join` or `send_join` gets this answer, whatever it asks.
+    pub fn answer(&self, endpoint: &str, status: u16, body: Value) {
+        let mut script = self.script.lock().unwrap();
+        script.answers.insert(endpoint.to_owned(), (status, body));
+    }
+
+    pub fn answer_as_usual(&self, endpoint: &str) {
+        self.script.lock().unwrap().answers.remove(endpoint);
+    }
+
+    fn scripted(&self, endpoint: &str) -> Option<Reply> {
+        let script = self.script.lock().unwrap();
+        let (status, body) = script.answers.get(endpoint)?.clone();
+        let status = StatusCode::from_u16(status).unwrap();
+        Some(match status.is_success() {
+            true => Ok(Json(body)),
+            false => Err((status, Json(body))),
+        })
     }
 
     // -- What was heard --------------------------------------------------------------------------
@@ -338,6 +404,11 @@ impl Resident {
         count
     }
 
+    /// What each `get_missing_events` asked for: from where, to where.
+    pub fn gaps_asked(&self) -> Vec<(Vec<EventId>, Vec<EventId>)> {
+        self.heard.borrow().gaps.clone()
+    }
+
     fn summary(&self) -> String {
         let heard = self.heard.borrow();
         let pdus: Vec<&str> = heard.pdus.iter().map(|pdu| &*pdu.json).collect();
@@ -402,6 +473,16 @@ impl Resident {
 
     pub async fn put(&self, to: &ServerName, path: String, body: Value) -> Result<Value, AskError> {
         let call = Call::put(to, path, Body::Json(body), PATIENCE);
+        self.client.request(call, usize::MAX).await
+    }
+
+    pub async fn get(&self, to: &ServerName, path: &str) -> Result<Value, AskError> {
+        let call = Call::get(to, path.to_owned(), PATIENCE);
+        self.client.request(call, usize::MAX).await
+    }
+
+    pub async fn post(&self, to: &ServerName, path: &str, body: Value) -> Result<Value, AskError> {
+        let call = Call::post(to, path.to_owned(), Body::Json(body), PATIENCE);
         self.client.request(call, usize::MAX).await
     }
 
@@ -514,6 +595,9 @@ async fn keys(State(here): Here) -> Json<Value> {
 
 async fn make_join(State(here): Here, Path((room, user)): Path<(String, String)>) -> Reply {
     here.note(format!("make_join {user}"));
+    if let Some(scripted) = here.scripted("make_join") {
+        return scripted;
+    }
     let gate = here.script.lock().unwrap().make_join.clone();
     if let Some(gate) = gate {
         gate.pass().await;
@@ -566,42 +650,72 @@ async fn send_join(
     Query(omit): Query<Omit>,
     body: String,
 ) -> Reply {
-    let (alone, authorises, gives_all, gate) = {
-        let script = here.script.lock().unwrap();
-        let gate = script.send_join.clone();
-        (script.alone, script.authorises, script.gives_all, gate)
-    };
+    if here.script.lock().unwrap().only_v1 {
+        let unrecognized = refusal(StatusCode::NOT_FOUND, "M_UNRECOGNIZED", "");
+        return Err(unrecognized);
+    }
     let omitted = omit.omit_members.as_deref() == Some("true");
-    if omitted == authorises {
+    let (authorises, full, gives_all) = {
+        let script = here.script.lock().unwrap();
+        (script.authorises, script.full, script.gives_all)
+    };
+    if omitted == authorises && !full {
         return Err(here.fault(format!("a send_join with members omitted: {omitted}")));
     }
-    let omitted = omitted && !gives_all;
-    here.note("send_join".to_owned());
-    let room = here.room(&room)?;
-    let join = Arc::new(here.read(&body));
-    let mut state = room.all_state();
-    state.retain(|pdu| !omitted || &*pdu.kind != "m.room.member");
-    let auth_chain = room.auth_chain(&state);
-    let servers = match alone {
-        true => [here.name.clone()].into(),
-        false => room.servers(),
-    };
-    room.add(&join);
-    if let Some(gate) = gate {
-        gate.pass().await;
+    let omitted = omitted && !full && !gives_all;
+    here.take_join(&room, &body, omitted).await.map(Json)
+}
+
+/// As it was before partial state: the status, and all of the room.
+async fn send_join_v1(
+    State(here): Here,
+    Path((room, _)): Path<(String, String)>,
+    body: String,
+) -> Reply {
+    if !here.script.lock().unwrap().only_v1 {
+        return Err(here.fault("version 1 of send_join".to_owned()));
     }
-    let mut answer = json!({
-        "state": here.copies(&state),
-        "auth_chain": here.copies(&auth_chain),
-    });
-    if !gives_all {
-        answer["members_omitted"] = omitted.into();
-        answer["servers_in_room"] = json!(servers);
+    let answer = here.take_join(&room, &body, false).await?;
+    Ok(Json(json!([200, answer])))
+}
+
+impl Resident {
+    async fn take_join(&self, room: &str, body: &str, omitted: bool) -> Result<Value, Refusal> {
+        self.note("send_join".to_owned());
+        let room = self.room(room)?;
+        let join = Arc::new(self.read(body));
+        let mut state = room.all_state();
+        state.retain(|pdu| !omitted || &*pdu.kind != "m.room.member");
+        let auth_chain = room.auth_chain(&state);
+        let (alone, authorises, gives_all, gate) = {
+            let script = self.script.lock().unwrap();
+            let gate = script.send_join.clone();
+            (script.alone, script.authorises, script.gives_all, gate)
+        };
+        let servers = match alone {
+            true => [self.name.clone()].into(),
+            false => room.servers(),
+        };
+        room.add(&join);
+        if let Some(gate) = gate {
+            gate.pass().await;
+        }
+        if let Some(scripted) = self.scripted("send_join") {
+            return scripted.map(|Json(answer)| answer);
+        }
+        let mut answer = json!({
+            "state": self.copies(&state),
+            "auth_chain": self.copies(&auth_chain),
+        });
+        if !gives_all {
+            answer["members_omitted"] = omitted.into();
+            answer["servers_in_room"] = json!(servers);
+        }
+        if authorises {
+            answer["event"] = bodies(&[join]).remove(0);
+        }
+        Ok(answer)
     }
-    if authorises {
-        answer["event"] = bodies(&[join]).remove(0);
-    }
-    Ok(Json(answer))
 }
 
 impl Resident {
@@ -630,8 +744,10 @@ fn bodies(pdus: &[Arc<Pdu>]) -> Vec<Value> {
 async fn event(State(here): Here, Path(event): Path<String>) -> Reply {
     here.note(format!("event {event}"));
     let id = EventId::parse(&event).unwrap();
+    let hidden = here.script.lock().unwrap().hidden.contains(&id);
     let rooms: Vec<_> = here.rooms.lock().unwrap().values().cloned().collect();
-    let Some(pdu) = rooms.iter().find_map(|room| room.event(&id)) else {
+    let pdu = rooms.iter().find_map(|room| room.event(&id));
+    let Some(pdu) = pdu.filter(|_| !hidden) else {
         return Err(refusal(
             StatusCode::NOT_FOUND,
             "M_NOT_FOUND",
@@ -728,17 +844,25 @@ impl Resident {
     }
 }
 
-async fn missing_events(State(here): Here, Json(body): Json<Value>) -> Reply {
-    let script = here.script.lock().unwrap();
-    match &script.gap {
-        Some((latest, events)) if body["latest_events"] == json!([latest]) => {
-            Ok(Json(json!({ "events": bodies(events) })))
-        }
-        _ => {
-            drop(script);
-            Err(here.fault(format!("get_missing_events {body}")))
-        }
-    }
+#[derive(serde::Deserialize)]
+struct Gap {
+    earliest_events: Vec<EventId>,
+    latest_events: Vec<EventId>,
+}
+
+async fn missing_events(State(here): Here, Json(gap): Json<Gap>) -> Reply {
+    here.note(format!("get_missing_events {:?}", gap.latest_events));
+    let events = match &*gap.latest_events {
+        [latest] => here.script.lock().unwrap().gaps.get(latest).cloned(),
+        _ => None,
+    };
+    let answer = match events {
+        Some(events) => Ok(Json(json!({ "events": bodies(&events) }))),
+        None => Err(here.fault(format!("get_missing_events {:?}", gap.latest_events))),
+    };
+    let gap = (gap.earliest_events, gap.latest_events);
+    here.heard.send_modify(|heard| heard.gaps.push(gap));
+    answer
 }
 
 async fn transaction(State(here): Here, Json(body): Json<Value>) -> Reply {
@@ -752,8 +876,13 @@ async fn transaction(State(here): Here, Json(body): Json<Value>) -> Reply {
         here.heard.send_modify(|heard| heard.pdus.push(pdu));
     }
     for edu in body["edus"].as_array().into_iter().flatten() {
-        // Whoever shares a room with somebody may be told how he is.
-        if edu["edu_type"] != "m.presence" {
+        // Whoever shares a room with somebody may be told how he is, and what devices he has.
+        let deaf = {
+            let script = here.script.lock().unwrap();
+            script.full && !script.hears_of_devices
+        };
+        let devices = edu["edu_type"] == "m.device_list_update";
+        if edu["edu_type"] != "m.presence" && !(deaf && devices) {
             here.heard.send_modify(|heard| heard.edus.push(edu.clone()));
         }
     }

@@ -402,6 +402,14 @@ impl Syncs {
         }
     }
 
+    /// The same from here on, with this filter.
+    pub fn filtered(&self, filter: &Value) -> Self {
+        Self {
+            since: self.since.clone(),
+            ..self.user.syncs(&filter.to_string())
+        }
+    }
+
     fn path(&self, timeout_ms: u32) -> String {
         let mut path = format!("/sync?timeout={timeout_ms}");
         if !self.filter.is_empty() {

@@ -87,7 +87,7 @@ async fn a_first_sync_tells_who_was_put_out_and_not_who_went() {
 }
 
 #[tokio::test]
-async fn an_invite_to_a_room_that_everybody_has_left_can_be_refused() {
+async fn u_32_an_invite_to_a_room_that_everybody_has_left_can_be_refused() {
     let (a, b) = two_servers().await;
     let alice = a.register("alice").await;
     let (here, there) = (a.register("bob").await, b.register("carol").await);
@@ -175,7 +175,7 @@ async fn a_page_ends_where_there_is_nothing_more_and_not_where_nothing_passed() 
 }
 
 #[tokio::test]
-async fn an_event_found_by_its_time_on_another_server_can_be_read_on_from() {
+async fn u_50_an_event_found_by_its_time_on_another_server_can_be_read_on_from() {
     const BRIDGE: &str = "bridge-token";
     let (a, b) = two_servers().await;
     let (alice, bob) = (a.register("alice").await, b.register("bob").await);

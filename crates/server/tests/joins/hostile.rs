@@ -11,6 +11,7 @@ use room::effect::{Answer, Ask, AskError, Handshake};
 use serde_json::{Value, json};
 
 use crate::network::Network;
+use crate::ways::refusal;
 use crate::world::{Server, start};
 
 const RESIDENT: &str = "a.test";
@@ -102,17 +103,8 @@ fn changed(event: &Value, change: impl FnOnce(&mut Value)) -> Value {
     event
 }
 
-fn code(answer: Result<Answer, AskError>) -> (u16, String) {
-    match answer {
-        Err(AskError::Refused {
-            status, errcode, ..
-        }) => (status, errcode),
-        other => panic!("not refused: {other:?}"),
-    }
-}
-
 #[tokio::test]
-async fn every_kind_of_bad_join_is_refused_and_nothing_is_stored() {
+async fn u_45_every_kind_of_bad_join_is_refused_and_nothing_is_stored() {
     let stage = Stage::set().await;
     let template = stage.template(&stage.room, "@mallory:b.test").await;
     let good = stage.sign(&template);
@@ -205,7 +197,7 @@ async fn every_kind_of_bad_join_is_refused_and_nothing_is_stored() {
             "M_TOO_LARGE",
         ),
     ] {
-        let answer = code(stage.send(&event_id, &event).await);
+        let answer = refusal(stage.send(&event_id, &event).await);
         assert_eq!(answer, (status, errcode.to_owned()), "{what}");
         assert_eq!(stage.stored().await, before, "{what}");
     }
@@ -217,7 +209,7 @@ async fn every_kind_of_bad_join_is_refused_and_nothing_is_stored() {
 }
 
 #[tokio::test]
-async fn a_hundred_joins_of_one_user_at_once_are_one_join() {
+async fn r_36_a_hundred_joins_of_one_user_at_once_are_one_join() {
     let stage = Stage::set().await;
     let template = stage.template(&stage.room, "@mallory:b.test").await;
     let good = stage.sign(&template);

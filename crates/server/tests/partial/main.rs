@@ -4,17 +4,20 @@
 //! they show of the same life of a room.
 
 #[path = "../common/dag.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod dag;
 mod devices;
 mod directory;
 mod joining;
 mod leaving;
 #[path = "../common/network.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod network;
 mod outgoing;
 mod receiving;
 mod refusing;
 #[path = "../common/resident.rs"]
+#[expect(dead_code, reason = "each test target uses a part of it")]
 mod resident;
 mod resync;
 #[path = "../common/stage.rs"]
