@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use serde_json::Value;
+use smallvec::SmallVec;
 
 /// Integers stay within ±(2^53 − 1).
 pub const INTEGER_MAX: i64 = (1 << 53) - 1;
@@ -15,6 +16,9 @@ pub const DEPTH_MAX: usize = 120;
 
 /// Of an integer in the lenient form, so that it can still be read as a double.
 const LENIENT_DIGITS_MAX: usize = 300;
+
+/// Members of an object that are sorted without asking for memory.
+const MEMBERS_INLINE: usize = 24;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JsonError {
@@ -86,6 +90,14 @@ impl Member {
 
     pub fn value(self, text: &str) -> &str {
         &text[self.value..self.end]
+    }
+
+    pub fn start(self) -> usize {
+        self.start
+    }
+
+    pub fn end(self) -> usize {
+        self.end
     }
 
     /// `"key":value`
@@ -448,32 +460,40 @@ impl<'a> Pass<'a> {
     /// Brings the members from `base` on in order, and their text in `out`.
     fn sort(&mut self, base: usize, escapes: bool) -> Result<(), JsonError> {
         let out = &self.out;
-        let members = &mut self.members;
-        let begin = members[base].start;
-        // Stable, so that of equal keys the last is the last.
-        members[base..].sort_by(|a, b| compare_keys(out, *a, *b, escapes));
-        let mut kept = base;
-        for next in base + 1..members.len() {
-            if compare_keys(out, members[kept], members[next], escapes) == Ordering::Equal {
+        let begin = self.members[base].start;
+        let mut found: SmallVec<[(u64, Member); MEMBERS_INLINE]> = self
+            .members
+            .drain(base..)
+            .map(|member| (rank(out, member, escapes), member))
+            .collect();
+        let compare = |a: &(u64, Member), b: &(u64, Member)| {
+            let by_rank = a.0.cmp(&b.0);
+            by_rank.then_with(|| compare_keys(out, a.1, b.1, escapes))
+        };
+        // Of equal keys the last is to be the last.
+        found.sort_unstable_by(|a, b| compare(a, b).then(a.1.start.cmp(&b.1.start)));
+        let mut kept = 0;
+        for next in 1..found.len() {
+            if compare(&found[kept], &found[next]) == Ordering::Equal {
                 if self.strict {
                     return Err(JsonError::DuplicateKey(self.at));
                 }
             } else {
                 kept += 1;
             }
-            members[kept] = members[next];
+            found[kept] = found[next];
         }
-        members.truncate(kept + 1);
+        found.truncate(kept + 1);
         self.spare.clear();
-        for member in &mut members[base..] {
+        for (_, member) in found {
             let start = begin + self.spare.len();
             self.spare.push_str(member.whole(&self.out));
             self.spare.push(',');
-            *member = Member {
+            self.members.push(Member {
                 start,
                 value: start + (member.value - member.start),
                 end: start + (member.end - member.start),
-            };
+            });
         }
         self.spare.pop();
         self.out.truncate(begin);
@@ -487,10 +507,12 @@ impl<'a> Pass<'a> {
         let mut escapes = false;
         loop {
             let from = self.at;
-            while let Some(word) = self.rest().first_chunk()
-                && are_plain(u64::from_le_bytes(*word))
-            {
-                self.at += 8;
+            while let Some(word) = self.rest().first_chunk() {
+                let plain = plain_bytes(u64::from_le_bytes(*word));
+                self.at += plain;
+                if plain < 8 {
+                    break;
+                }
             }
             while self.peek().is_some_and(is_plain) {
                 self.at += 1;
@@ -677,14 +699,33 @@ fn is_plain(byte: u8) -> bool {
     byte >= 0x20 && byte != b'"' && byte != b'\\'
 }
 
-/// Whether all of eight bytes do.
-fn are_plain(word: u64) -> bool {
+/// How many of eight bytes do, before the first that does not.
+fn plain_bytes(word: u64) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;
-    // The high bit of each byte of `x - n` that borrowed, for bytes below 0x80.
+    // The high bit of each byte of `x - n` that borrowed, for bytes below 0x80. A byte may have had to lend to
+    // the one before, but then that one is found first.
     let below = |x: u64, n: u64| x.wrapping_sub(ONES * n) & !x;
     let quote = word ^ (ONES * u64::from(b'"'));
     let backslash = word ^ (ONES * u64::from(b'\\'));
-    (below(word, 0x20) | below(quote, 1) | below(backslash, 1)) & (ONES << 7) == 0
+    let found = (below(word, 0x20) | below(quote, 1) | below(backslash, 1)) & (ONES << 7);
+    found.trailing_zeros() as usize / 8
+}
+
+/// The first eight bytes of a key, as a number that sorts as they do. Keys of equal rank may yet differ.
+fn rank(out: &str, member: Member, escapes: bool) -> u64 {
+    // What stands there sorts otherwise than what it stands for.
+    if escapes {
+        return 0;
+    }
+    let key = member.key(out).as_bytes();
+    match key.first_chunk() {
+        Some(first) => u64::from_be_bytes(*first),
+        None => {
+            let number = key.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+            // No key has a byte 0 in it.
+            number << (8 * (8 - key.len()).min(7))
+        }
+    }
 }
 
 /// By code point, which is by byte of the unescaped UTF-8.

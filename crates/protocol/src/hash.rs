@@ -8,7 +8,7 @@ use base64::engine::general_purpose::{GeneralPurpose, NO_PAD_INDIFFERENT};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use crate::canonical_json::{JsonError, Object};
+use crate::canonical_json::{JsonError, Member, Object};
 use crate::id::{EventId, RoomId};
 use crate::redaction::write_redacted;
 use crate::room_version::{EventIdFormat, RoomVersion};
@@ -71,8 +71,17 @@ pub(crate) fn object(
 }
 
 pub(crate) fn of_content(event: &Object) -> [u8; 32] {
-    let hashed = without(event, &["hashes", "signatures", "unsigned"]);
-    Sha256::digest(hashed.as_bytes()).into()
+    let mut hash = Sha256::new();
+    hash.update(b"{");
+    let mut first = true;
+    for run in runs(event, &["hashes", "signatures", "unsigned"]) {
+        if !std::mem::take(&mut first) {
+            hash.update(b",");
+        }
+        hash.update(run.as_bytes());
+    }
+    hash.update(b"}");
+    hash.finalize().into()
 }
 
 /// Of the redacted event without signatures.
@@ -93,15 +102,22 @@ pub(crate) fn id_of(reference: [u8; 32], version: RoomVersion) -> Option<EventId
 pub(crate) fn without(event: &Object, keys: &[&str]) -> String {
     let mut out = String::with_capacity(event.text.len());
     out.push('{');
-    for member in &event.members {
-        if keys.contains(&member.key(&event.text)) {
-            continue;
-        }
+    for run in runs(event, keys) {
         if out.len() > 1 {
             out.push(',');
         }
-        out.push_str(member.whole(&event.text));
+        out.push_str(run);
     }
     out.push('}');
     out
+}
+
+/// What stands between these keys: members that lie side by side, with the commas inside.
+fn runs<'e>(event: &'e Object, keys: &[&str]) -> impl Iterator<Item = &'e str> {
+    let text = &event.text;
+    let goes = |member: &Member| keys.contains(&member.key(text));
+    event
+        .members
+        .split(goes)
+        .filter_map(|run| Some(&text[run.first()?.start()..run.last()?.end()]))
 }
