@@ -35,6 +35,16 @@ const BATCH_MAX: i64 = 50;
 const STAGED_MAX: i64 = 20_000;
 /// How long a room waits when a join of ours is still under way (J-65).
 const POSTPONED: Duration = Duration::from_millis(200);
+/// A PDU is put off when nobody was reached who knows what it stands on: this long the first time, and four
+/// times longer each time after that.
+const DEFER_MS: i64 = 2_000;
+const DEFER_MS_MAX: i64 = 3_600_000;
+/// Then it is given up. Whoever sends something that follows it gives it another chance.
+const DEFERRALS_MAX: i64 = 12;
+/// So often it is tried again as soon as its sender is heard of; a sender that can speak and never be spoken to
+/// would use up its chances in no time.
+const RECALLS_MAX: i64 = 3;
+const DEFERRED_AGE_MS_MAX: i64 = 24 * 3600 * 1000;
 /// A transaction's answer is remembered for a day.
 const SEEN_MS: i64 = 24 * 3600 * 1000;
 
@@ -42,6 +52,10 @@ const SEEN_MS: i64 = 24 * 3600 * 1000;
 #[derive(Default)]
 pub struct Workers {
     rooms: Mutex<BTreeMap<RoomId, bool>>,
+    /// Rooms whose worker is woken at some time, as something is put off until then.
+    alarms: Mutex<BTreeMap<RoomId, i64>>,
+    /// Servers something of which was put off since they were heard of last.
+    awaited: Mutex<BTreeSet<ServerName>>,
 }
 
 #[derive(Deserialize)]
@@ -82,6 +96,7 @@ impl Homeserver {
             return Ok(serde_json::from_str(&answer).unwrap_or_else(|_| json!({ "pdus": {} })));
         }
         self.outgoing().is_back(origin).await;
+        self.recall(origin).await?;
         let pdus: Vec<String> = transaction
             .pdus
             .iter()
@@ -241,6 +256,57 @@ impl Homeserver {
         });
     }
 
+    /// A server is heard of: what it sent and was put off may be taken now.
+    async fn recall(&self, origin: &ServerName) -> Result<()> {
+        if !lock(&self.workers().awaited).remove(origin) {
+            return Ok(());
+        }
+        let origin = origin.clone();
+        let rooms = self
+            .store()
+            .write(move |c| queues::recall(c, &origin, RECALLS_MAX))
+            .await?;
+        for room in rooms {
+            self.work_room(room);
+        }
+        Ok(())
+    }
+
+    /// Has the room's worker look again when what was put off is due.
+    async fn set_alarm(&self, room: &RoomId) -> storage::Result<()> {
+        let asked = room.clone();
+        let due = self
+            .store()
+            .read(move |c| queues::next_due(c, &asked))
+            .await?;
+        let Some(due) = due else {
+            return Ok(());
+        };
+        {
+            let mut alarms = lock(&self.workers().alarms);
+            if alarms.get(room).is_some_and(|at| *at <= due) {
+                return Ok(());
+            }
+            alarms.insert(room.clone(), due);
+        }
+        let (hs, room, stop) = (self.clone(), room.clone(), self.stopping());
+        self.tracker().spawn(async move {
+            let wait = u64::try_from(due - hs.clock().unix_ms()).unwrap_or(0);
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(wait)) => {}
+                () = stop.cancelled() => return,
+            }
+            {
+                let mut alarms = lock(&hs.workers().alarms);
+                if alarms.get(&room) == Some(&due) {
+                    alarms.remove(&room);
+                }
+            }
+            hs.work_room(room);
+        });
+        Ok(())
+    }
+
     async fn take_edu(&self, origin: &ServerName, edu: Edu) -> Result<()> {
         match edu {
             Edu::DeviceListUpdate(update) => self.on_device_list_update(origin, update).await,
@@ -316,6 +382,7 @@ fn verdict(received: &Received) -> &'static str {
         Received::Known => "known",
         Received::OutOfBand => "out_of_band",
         Received::Postponed => "postponed",
+        Received::Unreached => "unreached",
         Received::Rejected(_) => "rejected",
         Received::SoftFailed(_) => "soft_failed",
         Received::Refused(_) => "refused",
@@ -342,6 +409,9 @@ async fn work(hs: &Homeserver, room: &RoomId) {
                 continue;
             }
         }
+        if let Err(error) = hs.set_alarm(room).await {
+            tracing::error!(%room, %error, "what is put off waits for the next PDU");
+        }
         let mut rooms = lock(&hs.workers().rooms);
         match rooms.get_mut(room) {
             Some(more) if *more => *more = false,
@@ -362,11 +432,12 @@ enum Taken {
 /// Takes the oldest staged PDUs of one origin.
 async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
     let asked = room.clone();
+    let now_ms = hs.clock().unix_ms();
     let (mut staged, row) = hs
         .store()
         .read(move |c| {
             Ok((
-                queues::staged(c, &asked, BATCH_MAX)?,
+                queues::staged(c, &asked, BATCH_MAX, now_ms)?,
                 rooms::by_id(c, &asked)?,
             ))
         })
@@ -391,6 +462,10 @@ async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
     if events.is_empty() {
         return unstage(hs, staged).await;
     }
+    let numbers: BTreeMap<EventId, i64> = events
+        .iter()
+        .filter_map(|event| Some((event.pdu.event_id.clone(), event.staged?)))
+        .collect();
     let machine = Receive::new(
         hs.own().clone(),
         room.clone(),
@@ -402,20 +477,53 @@ async fn take_some(hs: &Homeserver, room: &RoomId) -> Result<Taken> {
         return Ok(Taken::Nothing);
     };
     let mut postponed = false;
+    let mut unreached: BTreeSet<i64> = BTreeSet::new();
     for (event_id, received) in &received {
         crate::metrics::pdu_received(verdict(received));
         match received {
             Received::Accepted | Received::Known | Received::OutOfBand => {}
             Received::Postponed => postponed = true,
+            Received::Unreached => unreached.extend(numbers.get(event_id)),
             other => tracing::info!(%room, %origin, %event_id, ?other, "a PDU was not accepted"),
         }
     }
+    let (put_off, dealt_with) = staged
+        .into_iter()
+        .partition(|one| unreached.contains(&one.number));
+    defer(hs, put_off).await?;
     if postponed {
         return Ok(Taken::Postponed);
     }
     // The machine settles each row with the commit that deals with it; what is left has no commit.
-    unstage(hs, staged).await?;
+    unstage(hs, dealt_with).await?;
     Ok(Taken::Some)
+}
+
+/// Puts these off, but for those that were put off for too long.
+async fn defer(hs: &Homeserver, staged: Vec<Staged>) -> Result<()> {
+    let now = hs.clock().unix_ms();
+    let (again, given_up): (Vec<_>, Vec<_>) = staged.into_iter().partition(|one| {
+        one.attempts < DEFERRALS_MAX && now - one.received_ms < DEFERRED_AGE_MS_MAX
+    });
+    for one in &given_up {
+        tracing::info!(origin = %one.origin, "a PDU is given up: nobody knows what it stands on");
+    }
+    unstage(hs, given_up).await?;
+    let Some(first) = again.first() else {
+        return Ok(());
+    };
+    lock(&hs.workers().awaited).insert(first.origin.clone());
+    hs.store()
+        .write(move |c| {
+            for one in &again {
+                let exponent = u32::try_from(one.attempts).unwrap_or(u32::MAX);
+                let pause = 4_i64.saturating_pow(exponent).saturating_mul(DEFER_MS);
+                queues::defer(c, one.number, now + pause.min(DEFER_MS_MAX))?;
+            }
+            Ok(())
+        })
+        .await?;
+    Ok(())
 }
 
 async fn unstage(hs: &Homeserver, staged: Vec<Staged>) -> Result<Taken> {

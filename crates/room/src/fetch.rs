@@ -430,7 +430,7 @@ impl Fetch {
         match (asks.remove(&ticket), answer) {
             (Some(_), Ok(Answer::Pdus(pdus))) => self.check(pdus, out),
             (Some(id), Err(AskError::Unreachable { .. }))
-                if self.tried[&id] <= self.sources.len() =>
+                if self.tried[&id] <= self.sources.len().max(1) =>
             {
                 self.unreached.insert(id);
             }

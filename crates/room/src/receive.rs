@@ -14,9 +14,9 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 
-use crate::effect::{Effect, Head, Input, Machine, Now, Place, Ticket};
+use crate::effect::{Ask, AskError, Effect, Head, Input, Machine, Now, Place, Ticket};
 use crate::facts::{Facts, Got, auth_keys, both};
-use crate::fetch::{Fetch, Fetched};
+use crate::fetch::{Fetch, Fetched, Unfetched};
 use crate::out_of_band;
 use crate::outbox::Outbox;
 use crate::sift;
@@ -50,7 +50,12 @@ pub enum Received {
     OutOfBand,
     /// A join of ours is on its way: give the event again when that has ended (J-65).
     Postponed,
+    /// Nobody could be asked for what it stands on, as they were not reached: give the event again later.
+    Unreached,
 }
+
+/// Servers asked for what one event lacks: its sender, and, where that is not reached, others of the room.
+const DONORS_MAX: usize = 3;
 
 pub struct Receive {
     own: Own,
@@ -63,6 +68,8 @@ pub struct Receive {
     /// Staging rows that no commit has settled so far.
     settled: Vec<i64>,
     version: Option<RoomVersion>,
+    /// Something that the event at hand stands on could not be asked for.
+    unreached: bool,
     done: bool,
 }
 
@@ -87,11 +94,13 @@ struct Judging {
     /// States after unknown prev events.
     fetched: BTreeMap<EventId, Fetched>,
     asked_for_auth_events: bool,
+    /// Servers that were not reached, for this event.
+    silent: Vec<ServerName>,
 }
 
 enum Wait {
     Facts,
-    Missing(Ticket),
+    Missing(Ticket, ServerName),
     MissingChecked(Ticket),
     State(Box<Fetch>, EventId),
     AuthEvents(Box<Fetch>),
@@ -127,6 +136,7 @@ impl Receive {
             received: Vec::new(),
             settled: Vec::new(),
             version,
+            unreached: false,
             done: false,
         };
         this.state = this.next(now);
@@ -142,6 +152,7 @@ impl Receive {
             facts: Facts::new(self.room.clone()),
             fetched: BTreeMap::new(),
             asked_for_auth_events: false,
+            silent: Vec::new(),
         };
         self.judge(Box::new(judging), now)
     }
@@ -173,35 +184,45 @@ impl Receive {
                 let ticket = self.out.commit(writes);
                 State::Judging(s, Wait::Stored(ticket, received))
             }
-            Judgement::AskMissing(ask) => {
-                s.item.asked = true;
-                let ticket = self.out.ask(&self.origin, ask, gap::TIMEOUT);
-                State::Judging(s, Wait::Missing(ticket))
+            Judgement::AskMissing(donor, ask) => {
+                let timeout = match donor == self.origin {
+                    true => gap::TIMEOUT,
+                    false => gap::TIMEOUT_OF_OTHERS,
+                };
+                let ticket = self.out.ask(&donor, ask, timeout);
+                State::Judging(s, Wait::Missing(ticket, donor))
             }
-            Judgement::FetchState(event) => {
-                let donors = vec![self.origin.clone()];
+            Judgement::FetchState(donor, event) => {
                 let version = s.item.pdu.version;
                 let room = self.room.clone();
+                let donors = vec![donor];
                 let fetch = Fetch::new(room, version, event.clone(), donors, false, &mut self.out);
                 State::Judging(s, Wait::State(Box::new(fetch), event))
             }
-            Judgement::FetchAuthEvents(wanted) => {
+            Judgement::FetchAuthEvents(donor, wanted) => {
                 s.asked_for_auth_events = true;
-                let donors = vec![self.origin.clone()];
                 let version = s.item.pdu.version;
                 let room = self.room.clone();
+                let donors = vec![donor];
                 let fetch = Fetch::auth_events(room, version, wanted, donors, &mut self.out, now);
                 State::Judging(s, Wait::AuthEvents(Box::new(fetch)))
             }
         }
     }
 
-    fn end(&mut self, item: Item, received: Received, now: Now) -> State {
-        let postponed = received == Received::Postponed;
+    fn end(&mut self, item: Item, mut received: Received, now: Now) -> State {
+        match &received {
+            Received::Unreached => self.unreached = true,
+            // What came before it in the gap could not be had; that may be all that it lacks.
+            Received::Refused(_) if self.unreached => received = Received::Unreached,
+            _ => {}
+        }
+        let again = matches!(received, Received::Postponed | Received::Unreached);
         if !item.pulled {
+            self.unreached = false;
             self.received.push((item.pdu.event_id.clone(), received));
         }
-        if !postponed {
+        if !again {
             self.settled.extend(item.staged);
         }
         self.next(now)
@@ -213,7 +234,12 @@ impl Receive {
                 true => return self.judge(s, now),
                 false => Wait::Facts,
             },
-            (Wait::Missing(t), Input::Answered { ticket, answer, .. }) if t == ticket => {
+            (Wait::Missing(t, donor), Input::Answered { ticket, answer, .. }) if t == ticket => {
+                if matches!(answer, Err(AskError::Unreachable { .. })) {
+                    s.silent.push(donor);
+                    return self.judge(s, now);
+                }
+                s.item.asked = true;
                 let pdus = gap::answered(answer);
                 Wait::MissingChecked(self.out.check(s.item.pdu.version, pdus))
             }
@@ -239,6 +265,10 @@ impl Receive {
                         s.facts.forget();
                         return self.judge(s, now);
                     }
+                    Some(Err(Unfetched::Unreachable(_))) => {
+                        s.silent.push(fetch.source().clone());
+                        return self.judge(s, now);
+                    }
                     Some(_) => {
                         let refused =
                             Received::Refused("the state before it is not to be had".to_owned());
@@ -248,7 +278,11 @@ impl Receive {
             }
             (Wait::AuthEvents(mut fetch), input) => match fetch.handle(input, &mut self.out, now) {
                 None => Wait::AuthEvents(fetch),
-                Some(_) => {
+                Some(fetched) => {
+                    if matches!(fetched, Err(Unfetched::Unreachable(_))) {
+                        s.asked_for_auth_events = false;
+                        s.silent.push(fetch.source().clone());
+                    }
                     s.facts.forget();
                     return self.judge(s, now);
                 }
@@ -300,9 +334,9 @@ impl Machine for Receive {
 enum Judgement {
     End(Received),
     Commit(Box<WriteSet>, Received),
-    AskMissing(crate::effect::Ask),
-    FetchState(EventId),
-    FetchAuthEvents(BTreeSet<EventId>),
+    AskMissing(ServerName, Ask),
+    FetchState(ServerName, EventId),
+    FetchAuthEvents(ServerName, BTreeSet<EventId>),
 }
 
 impl Judging {
@@ -336,19 +370,47 @@ impl Judging {
         let unfetched = unknown.iter().find(|id| !self.fetched.contains_key(*id));
         if let Some(unfetched) = unfetched {
             let unfetched = unfetched.clone();
-            return Ok(self.fill_gap(&head, unfetched));
+            return self.fill_gap(own, origin, &head, unfetched);
         }
-        self.judge_here(&head, &known, &unknown)
+        self.judge_here((own, origin), &head, &known, &unknown)
+    }
+
+    /// Who is asked for what is missing: the sender of the event; where that is not reached, others of the
+    /// room; nobody, if enough of them are silent.
+    fn donor(&self, own: &Own, origin: &ServerName) -> Got<Option<ServerName>> {
+        if self.silent.is_empty() {
+            return Ok(Some(origin.clone()));
+        }
+        if self.silent.len() >= DONORS_MAX {
+            return Ok(None);
+        }
+        let hosts = self.facts.hosts()?;
+        let mut others = hosts
+            .into_iter()
+            .filter(|host| *host != own.name && host != origin && !self.silent.contains(host));
+        let first = others.next();
+        // The author of the event has it, as a rule.
+        let author = self.item.pdu.sender.server_name();
+        Ok(others.find(|host| *host == author).or(first))
     }
 
     /// P-16, P-17, P-19: what to do about a prev event that is not here.
-    fn fill_gap(&self, head: &Head, unknown: EventId) -> Judgement {
+    fn fill_gap(
+        &self,
+        own: &Own,
+        origin: &ServerName,
+        head: &Head,
+        unknown: EventId,
+    ) -> Got<Judgement> {
         let item = &self.item;
-        if item.pulled {
-            return Judgement::FetchState(unknown);
+        if !item.pulled && (item.asked || item.pdu.depth <= head.min_depth) {
+            return Ok(refused("its prev events are not to be had"));
         }
-        if item.asked || item.pdu.depth <= head.min_depth {
-            return refused("its prev events are not to be had");
+        let Some(donor) = self.donor(own, origin)? else {
+            return Ok(Judgement::End(Received::Unreached));
+        };
+        if item.pulled {
+            return Ok(Judgement::FetchState(donor, unknown));
         }
         let known = |id: &&EventId| {
             let found = self.facts.find(std::slice::from_ref(*id));
@@ -360,12 +422,14 @@ impl Judging {
             })
         };
         let known_prevs = item.pdu.prev_events.iter().filter(known);
-        Judgement::AskMissing(gap::ask(&self.facts.room, head, &item.pdu, known_prevs))
+        let ask = gap::ask(&self.facts.room, head, &item.pdu, known_prevs);
+        Ok(Judgement::AskMissing(donor, ask))
     }
 
     /// Checks 4 to 6, and the event's place.
     fn judge_here(
         &mut self,
+        (own, origin): (&Own, &ServerName),
         head: &Arc<Head>,
         known: &[protocol::nid::EventNid],
         unknown: &[EventId],
@@ -377,7 +441,7 @@ impl Judging {
         let numbered = self.facts.number(head.version, ids, keys);
         let (auth, ()) = both(self.facts.auth_of(&pdu), numbered)?;
         let Some(auth) = auth else {
-            return self.missing_auth_events(&pdu);
+            return self.missing_auth_events(own, origin, &pdu);
         };
         let (before, partial) = self.before(head, known, unknown)?;
         // A verdict on partial state may be wrong, so it does not spread to what stands on it; check 5
@@ -436,16 +500,18 @@ impl Judging {
     }
 
     /// P-14.
-    fn missing_auth_events(&self, pdu: &Pdu) -> Got<Judgement> {
+    fn missing_auth_events(&self, own: &Own, origin: &ServerName, pdu: &Pdu) -> Got<Judgement> {
         if self.asked_for_auth_events {
             return Ok(refused("its auth events are not to be had"));
         }
+        let Some(donor) = self.donor(own, origin)? else {
+            return Ok(Judgement::End(Received::Unreached));
+        };
         let found = self.facts.find(&pdu.auth_events)?;
         let missing = pdu.auth_events.iter().zip(found);
         let missing = missing.filter(|(_, found)| found.is_none());
-        Ok(Judgement::FetchAuthEvents(
-            missing.map(|(id, _)| id.clone()).collect(),
-        ))
+        let missing = missing.map(|(id, _)| id.clone()).collect();
+        Ok(Judgement::FetchAuthEvents(donor, missing))
     }
 
     fn place(

@@ -23,6 +23,11 @@ const FILES: &[(i64, &str, &str)] = &[
         "local_members",
         include_str!("schema/006_local_members.sql"),
     ),
+    (
+        7,
+        "deferred_pdus",
+        include_str!("schema/007_deferred_pdus.sql"),
+    ),
 ];
 
 /// Its table is filled from others, which takes more than a statement.

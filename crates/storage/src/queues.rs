@@ -15,6 +15,9 @@ pub struct Staged {
     pub number: i64,
     pub origin: ServerName,
     pub pdu: String,
+    pub received_ms: i64,
+    /// How often it was put off.
+    pub attempts: i64,
 }
 
 const SEEN: &str = "SELECT answer FROM transactions_seen WHERE origin = $1 AND txn_id = $2";
@@ -23,8 +26,16 @@ const SAVE_SEEN: &str = "INSERT INTO transactions_seen (origin, txn_id, answer, 
 const DROP_SEEN: &str = "DELETE FROM transactions_seen WHERE received_ms < $1";
 const STAGE: &str = "INSERT INTO staged_pdus (number, room_id, origin, pdu, received_ms)
     VALUES ($1, $2, $3, $4, $5)";
-const STAGED: &str = "SELECT number, origin, pdu FROM staged_pdus WHERE room_id = $1
+const STAGED: &str = "SELECT number, origin, pdu, received_ms, attempts FROM staged_pdus
+    WHERE room_id = $1 AND not_before_ms <= $3
     ORDER BY number LIMIT $2";
+const NEXT_DUE: &str = "SELECT MIN(not_before_ms) FROM staged_pdus WHERE room_id = $1";
+const DEFER: &str =
+    "UPDATE staged_pdus SET attempts = attempts + 1, not_before_ms = $2 WHERE number = $1";
+const PUT_OFF: &str = "SELECT DISTINCT room_id FROM staged_pdus
+    WHERE origin = $1 AND not_before_ms > 0 AND attempts <= $2 ORDER BY room_id";
+const RECALL: &str = "UPDATE staged_pdus SET not_before_ms = 0
+    WHERE origin = $1 AND not_before_ms > 0 AND attempts <= $2";
 const STAGED_COUNT: &str = "SELECT COUNT(*) FROM staged_pdus WHERE room_id = $1";
 const STAGED_ROOMS: &str = "SELECT DISTINCT room_id FROM staged_pdus ORDER BY room_id";
 const UNSTAGE: &str = "DELETE FROM staged_pdus WHERE number = $1";
@@ -59,15 +70,36 @@ pub fn drop_transactions_before(c: &mut dyn Conn, before_ms: i64) -> Result<u64>
     c.execute(DROP_SEEN, &[&before_ms])
 }
 
-/// The oldest staged PDUs of a room.
-pub fn staged(c: &mut dyn Conn, room: &RoomId, limit: i64) -> Result<Vec<Staged>> {
-    c.query_all(STAGED, &[room, &limit], |row| {
+/// The oldest staged PDUs of a room, without those that are put off.
+pub fn staged(c: &mut dyn Conn, room: &RoomId, limit: i64, now_ms: i64) -> Result<Vec<Staged>> {
+    c.query_all(STAGED, &[room, &limit, &now_ms], |row| {
         Ok(Staged {
             number: row.int(0)?,
             origin: row.id(1)?,
             pdu: row.string(2)?,
+            received_ms: row.int(3)?,
+            attempts: row.int(4)?,
         })
     })
+}
+
+/// When the first of the room's staged PDUs is due.
+pub fn next_due(c: &mut dyn Conn, room: &RoomId) -> Result<Option<i64>> {
+    c.query_int(NEXT_DUE, &[room])
+}
+
+/// Puts a staged PDU off.
+pub fn defer(c: &mut dyn Conn, number: i64, until_ms: i64) -> Result<()> {
+    c.execute(DEFER, &[&number, &until_ms]).map(drop)
+}
+
+/// Makes what this server sent, and what was put off no more often than so, due at once. The rooms of it.
+pub fn recall(c: &mut dyn Conn, origin: &ServerName, attempts_max: i64) -> Result<Vec<RoomId>> {
+    let rooms = c.query_all(PUT_OFF, &[origin, &attempts_max], |row| row.id(0))?;
+    if !rooms.is_empty() {
+        c.execute(RECALL, &[origin, &attempts_max])?;
+    }
+    Ok(rooms)
 }
 
 pub fn staged_count(c: &mut dyn Conn, room: &RoomId) -> Result<i64> {

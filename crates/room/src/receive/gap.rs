@@ -12,6 +12,8 @@ use protocol::pdu::Pdu;
 use crate::effect::{Answer, Ask, AskError, BadPdu, Head, RawPdu};
 
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
+/// Others are asked when the sender did not answer, and that took its time.
+pub(super) const TIMEOUT_OF_OTHERS: Duration = Duration::from_secs(15);
 /// Events asked for, and taken.
 const EVENTS_MAX: usize = 10;
 

@@ -274,6 +274,81 @@ async fn u_29_an_event_that_was_refused_is_taken_once_the_gap_is_filled() {
     syncs.until_event(&b).await;
 }
 
+#[tokio::test]
+async fn p_16_an_event_is_not_lost_because_nobody_was_reached_about_its_gap() {
+    let (stage, alice, room) = joined_in_full(RoomVersion::V11).await;
+    let (resident, charlie) = (&stage.resident, stage.resident.user("charlie"));
+    let a = room.send(resident, message(&charlie, "a"));
+    let b = room.send(resident, message(&charlie, "b"));
+    resident.serve_gap(&b, &[&a]);
+    stage.network.cut(&resident.name);
+    stage.tell(&[&b]).await;
+    until("the question", async || {
+        (stage.network.count("get_missing_events") > 0).then_some(())
+    })
+    .await;
+    assert!(!alice.can_see(&b).await);
+    stage.network.mend(&resident.name);
+    until("both", async || {
+        // Whoever is heard of may be asked again.
+        let status = json!({ "push": [] });
+        let here = &stage.here.name;
+        resident.edu_to(here, "m.presence", status).await;
+        alice.can_see(&b).await.then_some(())
+    })
+    .await;
+    assert!(alice.can_see(&a).await);
+}
+
+#[tokio::test]
+async fn p_16_an_event_that_is_put_off_outlives_a_restart() {
+    let (stage, alice, room) = joined_in_full(RoomVersion::V11).await;
+    let (resident, charlie) = (&stage.resident, stage.resident.user("charlie"));
+    let a = room.send(resident, message(&charlie, "a"));
+    let b = room.send(resident, message(&charlie, "b"));
+    resident.serve_gap(&b, &[&a]);
+    stage.network.cut(&resident.name);
+    stage.tell(&[&b]).await;
+    let put_off = |c: &mut dyn storage::Conn| {
+        let sql = "SELECT MAX(attempts) FROM staged_pdus";
+        c.query_one(sql, &[], |row| row.opt_int(0))
+    };
+    until("it is put off", async || {
+        let attempts = stage.here.store().read(put_off).await.unwrap();
+        attempts.filter(|attempts| *attempts > 0)
+    })
+    .await;
+    stage.here.restart().await;
+    stage.network.mend(&resident.name);
+    alice.eager().until_event(&b).await;
+    assert!(alice.can_see(&a).await);
+}
+
+#[tokio::test]
+async fn p_16_another_server_of_the_room_is_asked_where_the_sender_is_not_reached() {
+    let mut stage = Stage::set().await;
+    let second = stage.second();
+    let erin = second.user("erin");
+    stage.room.send(&second, member(&erin, &erin, "join"));
+    let alice = stage.here.register("alice").await;
+    for resident in [&stage.resident, &second] {
+        resident.serve_full_joins();
+    }
+    let room = &stage.room;
+    alice.join(room.id.as_str(), &stage.resident.name).await;
+    let charlie = stage.resident.user("charlie");
+    let a = stage.send(message(&charlie, "a"));
+    let b = stage.send(message(&charlie, "b"));
+    let c = stage.send(message(&charlie, "c"));
+    second.serve_gap(&c, &[&b]);
+    // Of the state before what is given, too.
+    second.serve_state_at(&a, room.all_state(), &Gate::new(true));
+    stage.network.cut(&stage.resident.name);
+    stage.tell(&[&c]).await;
+    alice.eager().until_event(&c).await;
+    assert!(alice.can_see(&b).await);
+}
+
 struct Three {
     alice: User,
     bob: User,
