@@ -1275,6 +1275,7 @@ fn unserved(unserved: Unserved) -> AskError {
     match unserved {
         Unserved::Refused(refusal) => refused(refusal.status, &refusal.errcode),
         Unserved::AskAllowed(_) => refused(403, "M_FORBIDDEN"),
+        Unserved::Behind { .. } => refused(500, "M_UNKNOWN"),
     }
 }
 

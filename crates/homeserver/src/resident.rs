@@ -2,10 +2,13 @@
 //! `crates/room/src/resident.rs`; here are the questions it asks about other rooms, and the answers' bodies.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use protocol::id::{RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
+use protocol::pdu::Pdu;
 pub use room::effect::Handshake;
+use room::receive::{Incoming, Receive};
 use room::resident::{Accept, AcceptRequest, Accepted, Make, MakeRequest, SHOWN_STATE, Unserved};
 use room::restricted::AllowedRooms;
 use serde_json::{Value, json};
@@ -21,8 +24,10 @@ use crate::rooms::stopping;
 
 /// Memberships that name a room without a name (MSC3943).
 const HEROES_MAX: usize = 5;
-/// Times that a restricted handshake is tried anew because the rule changed under it.
-const RULE_ROUNDS_MAX: u32 = 3;
+/// The joining server gives up after a minute or so, and what is caught up with stays.
+const CATCH_UP_MAX: Duration = Duration::from_secs(30);
+/// Times that a handshake is tried anew because a restricted rule changed under it, or as events were lacking.
+const ROUNDS_MAX: u32 = 4;
 
 /// What make_join and its kin were asked.
 #[derive(Clone, Debug)]
@@ -62,7 +67,7 @@ impl Homeserver {
             self.limit(Limit::RemoteJoin, question.room.as_str())?;
         }
         let mut allowed: Option<AllowedRooms> = None;
-        for _ in 0..RULE_ROUNDS_MAX {
+        for _ in 0..ROUNDS_MAX {
             let request = MakeRequest {
                 what: question.what,
                 room: question.room.clone(),
@@ -84,6 +89,8 @@ impl Homeserver {
                 Err(Unserved::AskAllowed(rooms)) => {
                     allowed = Some(self.rooms().allowed(&question.user, rooms).await?);
                 }
+                // A template comes after what is here.
+                Err(Unserved::Behind { .. }) => return Err(behind()),
             }
         }
         Err(rules_change())
@@ -95,7 +102,8 @@ impl Homeserver {
             self.limit(Limit::RemoteJoin, question.room.as_str())?;
         }
         let mut allowed: Option<AllowedRooms> = None;
-        for _ in 0..RULE_ROUNDS_MAX {
+        let mut failure = rules_change();
+        for _ in 0..ROUNDS_MAX {
             let request = AcceptRequest {
                 what: question.what,
                 room: question.room.clone(),
@@ -118,9 +126,28 @@ impl Homeserver {
                     let user = sender_of(&question.event)?;
                     allowed = Some(self.rooms().allowed(&user, rooms).await?);
                 }
+                Err(Unserved::Behind { from, events }) => {
+                    failure = behind();
+                    self.catch_up(&question.room, from, events).await;
+                }
             }
         }
-        Err(rules_change())
+        Err(failure)
+    }
+
+    /// takes events that a joining event comes after, as if the server that gave them had sent them. It is
+    /// asked about what these come after, in turn.
+    async fn catch_up(&self, room: &RoomId, from: ServerName, events: Vec<Arc<Pdu>>) {
+        let incoming = events.into_iter().map(|pdu| Incoming { pdu, staged: None });
+        let machine = Receive::new(
+            self.own().clone(),
+            room.clone(),
+            from,
+            incoming.collect(),
+            self.clock().now(),
+        );
+        let received = tokio::time::timeout(CATCH_UP_MAX, drive(self, Run::of(machine))).await;
+        tracing::debug!(%room, ?received, "a joining event comes after some that were not here");
     }
 
     /// whoever joined learns of the other branches by an event that follows them all.
@@ -241,6 +268,10 @@ fn sender_of(event: &str) -> Result<UserId> {
     sender
         .and_then(|sender| UserId::parse(sender).ok())
         .ok_or_else(|| MatrixError::bad_json("The event has no sender"))
+}
+
+fn behind() -> MatrixError {
+    MatrixError::new(500, "M_UNKNOWN", "The event's prev events are not known")
 }
 
 fn rules_change() -> MatrixError {

@@ -2,21 +2,24 @@
 //!
 //! <https://spec.matrix.org/v1.18/server-server-api/#joining-rooms>
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::auth;
 use protocol::build::{self, PduDraft};
 use protocol::format;
-use protocol::id::{RoomId, ServerName, UserId};
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 use serde_json::{Map, Value, json};
 
 use crate::acl;
-use crate::effect::{Effect, Handshake, Head, Input, Machine, Now, Place, StateKey, Ticket};
+use crate::effect::{
+    Answer, Ask, Effect, Handshake, Head, Input, Machine, Now, Place, RawPdu, StateKey, Ticket,
+};
 use crate::facts::{Facts, Got, auth_keys, both};
 use crate::outbox::Outbox;
 use crate::refusal::Refusal;
@@ -33,7 +36,18 @@ pub enum Unserved {
     Refused(Refusal),
     /// A restricted join: ask again with how the user stands in these rooms.
     AskAllowed(Vec<RoomId>),
+    /// The event comes after some that were not here, and that another server of the room has given: ask again
+    /// when they have been received.
+    Behind {
+        from: ServerName,
+        events: Vec<Arc<Pdu>>,
+    },
 }
+
+/// Servers of the room that are asked for prev events that are not here, one after another.
+const DONORS_MAX: usize = 3;
+/// The joining server waits meanwhile.
+const PREV_EVENT_TIMEOUT: Duration = Duration::from_secs(8);
 
 impl From<Refusal> for Unserved {
     fn from(refusal: Refusal) -> Self {
@@ -306,6 +320,8 @@ pub struct Accepted {
 pub struct Accept {
     own: Own,
     request: AcceptRequest,
+    /// The room's, once it is looked up.
+    version: Option<RoomVersion>,
     state: AcceptState,
     out: Outbox,
     outcome: Option<Result<Accepted, Unserved>>,
@@ -316,7 +332,19 @@ enum AcceptState {
     Opening(Box<Facts>),
     Checking(Ticket),
     Deciding(Box<Thinking<Accepting>>),
+    Fetching(Box<Fetching>),
     Done,
+}
+
+/// Prev events that are not here, on their way from another server of the room.
+struct Fetching {
+    wanted: Vec<EventId>,
+    /// Who is asked, and who may be asked next.
+    donor: ServerName,
+    others: VecDeque<ServerName>,
+    asks: BTreeSet<Ticket>,
+    given: Vec<RawPdu>,
+    check: Option<Ticket>,
 }
 
 impl Accept {
@@ -325,6 +353,7 @@ impl Accept {
         let mut this = Self {
             own,
             request,
+            version: None,
             state: AcceptState::Done,
             out: Outbox::default(),
             outcome: None,
@@ -341,6 +370,7 @@ impl Accept {
             }
             Ok(Err(refusal)) => self.done(Err(refusal.into())),
             Ok(Ok(pdu)) => {
+                self.version = Some(pdu.version);
                 let check = self.out.check(pdu.version, vec![pdu.json.clone()]);
                 AcceptState::Checking(check)
             }
@@ -459,8 +489,67 @@ impl Accept {
 
     fn settle(&mut self, mut thinking: Box<Thinking<Accepting>>) -> AcceptState {
         match thinking.take_outcome() {
-            Some(outcome) => self.done(outcome),
+            Some(Ok(accepted)) => self.done(Ok(accepted)),
+            Some(Err(NotAccepted::Unserved(unserved))) => self.done(Err(unserved)),
+            Some(Err(NotAccepted::LacksPrevs { ids, hosts })) => self.fetch(ids, hosts.into()),
             None => AcceptState::Deciding(thinking),
+        }
+    }
+
+    /// Asks the next server of the room for these. The one that sends the event has only seen a template.
+    fn fetch(&mut self, wanted: Vec<EventId>, mut others: VecDeque<ServerName>) -> AcceptState {
+        let Some(donor) = others.pop_front() else {
+            let refusal = Refusal::new(500, "M_UNKNOWN", "the event's prev events are not known");
+            return self.done(Err(refusal.into()));
+        };
+        let asks = wanted.iter().map(|event_id| {
+            let ask = Ask::Event {
+                event_id: event_id.clone(),
+            };
+            self.out.ask(&donor, ask, PREV_EVENT_TIMEOUT)
+        });
+        let asks = asks.collect();
+        AcceptState::Fetching(Box::new(Fetching {
+            wanted,
+            donor,
+            others,
+            asks,
+            given: Vec::new(),
+            check: None,
+        }))
+    }
+
+    fn on_fetch(&mut self, mut s: Box<Fetching>, input: Input) -> AcceptState {
+        match input {
+            Input::Answered { ticket, answer, .. } if s.asks.remove(&ticket) => {
+                if let Ok(Answer::Pdus(pdus)) = answer {
+                    s.given.extend(pdus.into_iter().take(1));
+                }
+                if !s.asks.is_empty() {
+                    return AcceptState::Fetching(s);
+                }
+                if s.given.is_empty() {
+                    return self.fetch(s.wanted, s.others);
+                }
+                let given = std::mem::take(&mut s.given);
+                s.check = self.version.map(|version| self.out.check(version, given));
+                AcceptState::Fetching(s)
+            }
+            Input::Checked { ticket, pdus } if s.check == Some(ticket) => {
+                let mut events: Vec<Arc<Pdu>> = pdus.into_iter().flatten().collect();
+                events.retain(|pdu| {
+                    pdu.room_id == self.request.room && s.wanted.contains(&pdu.event_id)
+                });
+                if events.is_empty() {
+                    return self.fetch(s.wanted, s.others);
+                }
+                events.sort_by_key(|pdu| pdu.depth);
+                self.done(Err(Unserved::Behind {
+                    from: s.donor,
+                    events,
+                }))
+            }
+            _late_or_double => AcceptState::Fetching(s),
         }
     }
 }
@@ -484,6 +573,7 @@ impl Machine for Accept {
                 thinking.handle(input, &mut self.out);
                 self.settle(thinking)
             }
+            (AcceptState::Fetching(s), input) => self.on_fetch(s, input),
             (state, _late_or_double) => state,
         };
     }
@@ -507,8 +597,23 @@ struct Accepting {
     pdu: Arc<Pdu>,
 }
 
+enum NotAccepted {
+    Unserved(Unserved),
+    LacksPrevs {
+        ids: Vec<EventId>,
+        /// Who may have them.
+        hosts: Vec<ServerName>,
+    },
+}
+
+impl From<Refusal> for NotAccepted {
+    fn from(refusal: Refusal) -> Self {
+        Self::Unserved(refusal.into())
+    }
+}
+
 impl Decide for Accepting {
-    type Outcome = Result<Accepted, Unserved>;
+    type Outcome = Result<Accepted, NotAccepted>;
 
     fn wants_proof(outcome: &Self::Outcome) -> bool {
         outcome.is_err()
@@ -538,9 +643,20 @@ impl Decide for Accepting {
                 self.request.allowed.as_ref(),
             )?
         {
-            return Ok(Decision::Done(Err(unserved)));
+            return Ok(Decision::Done(Err(NotAccepted::Unserved(unserved))));
         }
-        let placed = match self.place(facts, &head)? {
+        let (known, unknown) = split_prevs(facts, &self.pdu.prev_events)?;
+        if !unknown.is_empty() {
+            let mut hosts = hosts;
+            hosts.retain(|host| *host != self.request.origin);
+            hosts.truncate(DONORS_MAX);
+            let lacks = NotAccepted::LacksPrevs {
+                ids: unknown,
+                hosts,
+            };
+            return Ok(Decision::Done(Err(lacks)));
+        }
+        let placed = match self.place(facts, &head, &known)? {
             Ok(placed) => placed,
             Err(refusal) => return Ok(Decision::Done(Err(refusal.into()))),
         };
@@ -581,20 +697,21 @@ impl Accepting {
     }
 
     /// R-29, R-29a, R-30. A refused event is not stored (R-32b).
-    fn place(&self, facts: &mut Facts, head: &Head) -> Got<Result<Placed, Refusal>> {
+    fn place(
+        &self,
+        facts: &mut Facts,
+        head: &Head,
+        prevs: &[EventNid],
+    ) -> Got<Result<Placed, Refusal>> {
         let pdu = &self.pdu;
+        if prevs.is_empty() {
+            return Ok(Err(Refusal::forbidden("the event comes after no other")));
+        }
         let keys = auth_keys(pdu).into_iter();
         let own_key = pdu.state_key.clone().map(|key| (pdu.kind.clone(), key));
         let ids = [pdu.event_id.clone()];
         let numbered = facts.number(head.version, ids, keys.chain(own_key).chain([create_key()]));
-        let prevs = split_prevs(facts, &pdu.prev_events);
-        let auth = facts.find(&pdu.auth_events);
-        let (((), prevs), auth) = both(both(numbered, prevs), auth)?;
-        let (known, unknown) = prevs;
-        if known.is_empty() || !unknown.is_empty() {
-            let refusal = Refusal::new(500, "M_UNKNOWN", "the event's prev events are not known");
-            return Ok(Err(refusal));
-        }
+        let ((), auth) = both(numbered, facts.find(&pdu.auth_events))?;
         let Some(auth) = auth.into_iter().collect::<Option<Vec<_>>>() else {
             return Ok(Err(Refusal::forbidden(
                 "the event's auth events are not known",
@@ -609,7 +726,7 @@ impl Accepting {
         if let Verdict::Rejected(reason) = sift::match_auth(head.version, pdu, create, &auth) {
             return Ok(Err(Refusal::forbidden(reason)));
         }
-        let (before, partial) = View::of(head).before(facts, &known)?;
+        let (before, partial) = View::of(head).before(facts, prevs)?;
         for state in [&before, &head.state] {
             if let Err(reason) = facts.check_against(pdu, state)? {
                 return Ok(Err(Refusal::forbidden(reason)));

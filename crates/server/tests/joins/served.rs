@@ -577,6 +577,48 @@ async fn r_38_who_joins_beside_another_event_learns_of_it() {
     assert!(tie.prev_events.contains(&join.event_id), "{}", tie.json);
 }
 
+/// A door through which dora of another server has gone, who says things that our server does not hear.
+async fn with_dora() -> (Door, Arc<Resident>, Arc<Room>, [Arc<Pdu>; 3]) {
+    let door = Door::public("11").await;
+    let other = Resident::start(&door.stage.network, "other.test");
+    let dora = other.user("dora");
+    let here = &door.stage.here.name;
+    let (room, _) = other.join(here, &door.room, &dora).await;
+    let said = ["one", "two", "three"].map(|words| room.send(&other, message(&dora, words)));
+    (door, other, room, said)
+}
+
+#[tokio::test]
+async fn r_30_a_join_that_comes_after_what_is_not_here_is_caught_up_with() {
+    let (door, other, room, [one, two, three]) = with_dora().await;
+    other.serve_gap(&three, &[&one, &two]);
+    let join = member(&door.charlie, &door.charlie, "join").after(&[&three]);
+    let join = room.make(door.resident(), join);
+    let answer = door.send("v2/send_join", &join).await.unwrap();
+    assert_eq!(answer["event"]["state_key"], door.charlie.as_str());
+    for event in [&one, &two, &three] {
+        assert!(door.alice.can_see(event).await, "{}", event.json);
+    }
+    assert_eq!(door.membership(&door.charlie).await.unwrap(), "join");
+    // Dora's server hears of it.
+    other.event(join.event_id.as_str()).await;
+}
+
+#[tokio::test]
+async fn r_30_a_join_that_comes_after_what_nobody_has_is_not_taken() {
+    let (door, other, room, [_, _, three]) = with_dora().await;
+    other.hide(&three);
+    let join = member(&door.charlie, &door.charlie, "join").after(&[&three]);
+    let join = room.make(door.resident(), join);
+    let sent = door.send("v2/send_join", &join).await;
+    let Err(AskError::Unreachable { reason }) = sent else {
+        panic!("{sent:?}");
+    };
+    assert!(reason.contains("500"), "{reason}");
+    assert_eq!(other.take_asked("event "), 1);
+    assert_eq!(door.membership(&door.charlie).await, None);
+}
+
 #[tokio::test]
 async fn r_60_a_knocker_is_shown_the_room() {
     let door = Door::open(json!({
