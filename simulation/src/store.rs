@@ -178,12 +178,13 @@ impl Room {
             }
             let known = Known {
                 nid,
+                key: row.key,
                 place: row.place,
                 rejected: row.rejected(),
                 partial: row.partial(),
             };
-            let (pdu, key) = (row.pdu.clone(), row.key);
-            Some((id, Found { known, pdu, key }))
+            let pdu = row.pdu.clone();
+            Some((id, Found { known, pdu }))
         })
     }
 

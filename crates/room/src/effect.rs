@@ -349,6 +349,8 @@ pub struct PartialMarker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Known {
     pub nid: EventNid,
+    /// The number of `(type, state_key)`, for state events.
+    pub key: Option<KeyNid>,
     pub place: Place,
     pub rejected: bool,
     pub partial: bool,
@@ -358,8 +360,6 @@ pub struct Known {
 pub struct Found {
     pub known: Known,
     pub pdu: Arc<Pdu>,
-    /// The number of `(type, state_key)`, for state events.
-    pub key: Option<KeyNid>,
 }
 
 /// A timeline event that has a certain prev event.

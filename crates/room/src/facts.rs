@@ -16,7 +16,7 @@ use protocol::state::StateMap;
 use protocol::state_resolution;
 
 use crate::effect::{
-    Child, EventSet, Found, Head, Load, Loaded, ReadyEvent, StateAt, StateKey, StoredEvent,
+    Child, EventSet, Found, Head, Known, Load, Loaded, ReadyEvent, StateAt, StateKey, StoredEvent,
     StoredOutOfBand, Ticket,
 };
 use crate::outbox::Outbox;
@@ -48,6 +48,7 @@ pub(crate) struct Facts {
     pub room: RoomId,
     waiting: BTreeMap<Ticket, Load>,
     head: Option<Option<Arc<Head>>>,
+    known: BTreeMap<EventId, Option<Known>>,
     found: BTreeMap<EventId, Option<Found>>,
     nids: BTreeMap<EventId, EventNid>,
     keys: BTreeMap<StateKey, KeyNid>,
@@ -81,6 +82,7 @@ impl Facts {
             room,
             waiting: BTreeMap::new(),
             head: None,
+            known: BTreeMap::new(),
             found: BTreeMap::new(),
             nids: BTreeMap::new(),
             keys: BTreeMap::new(),
@@ -137,6 +139,15 @@ impl Facts {
     fn learn(&mut self, load: Load, loaded: Loaded) {
         match (load, loaded) {
             (Load::Head, Loaded::Head(head)) => self.head = Some(head.map(|head| Arc::new(*head))),
+            (Load::Known { ids }, Loaded::Known(mut known)) => {
+                for id in ids {
+                    let known = known.remove(&id);
+                    if let Some(known) = &known {
+                        self.nids.insert(id.clone(), known.nid);
+                    }
+                    self.known.insert(id, known);
+                }
+            }
             (Load::Find { ids }, Loaded::Found(mut found)) => {
                 for id in ids {
                     let found = found.remove(&id);
@@ -227,7 +238,20 @@ impl Facts {
         }
     }
 
-    /// Whether each of these is stored, and how; as many entries as ids.
+    /// Where each of these stands, if it is stored; as many entries as ids.
+    pub fn known(&self, ids: &[EventId]) -> Got<Vec<Option<Known>>> {
+        let unasked: BTreeSet<_> = ids
+            .iter()
+            .filter(|id| !self.known.contains_key(*id))
+            .collect();
+        if !unasked.is_empty() {
+            let ids = unasked.into_iter().cloned().collect();
+            return lacking(Load::Known { ids });
+        }
+        Ok(ids.iter().map(|id| self.known[id]).collect())
+    }
+
+    /// Whether each of these is stored, and how, with the events; as many entries as ids.
     pub fn find(&self, ids: &[EventId]) -> Got<Vec<Option<Found>>> {
         let unasked: BTreeSet<_> = ids
             .iter()

@@ -15,12 +15,14 @@ use std::time::Duration;
 
 use protocol::hash;
 use protocol::id::{EventId, RoomId, ServerName};
+use protocol::nid::KeyNid;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
 use crate::effect::{
-    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Now, Place, RawPdu, Section, Ticket,
+    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Now, Place, RawPdu, Section,
+    StateKey, Ticket,
 };
 use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
@@ -94,7 +96,11 @@ pub(crate) struct Fetch {
     stage: Stage,
     /// Everything wanted: state, auth chain, the event itself.
     wanted: BTreeSet<EventId>,
-    stored: BTreeMap<EventId, Found>,
+    /// Of the wanted, those that nobody has looked for in the store.
+    unsure: BTreeSet<EventId>,
+    stored: BTreeMap<EventId, Known>,
+    /// Stored events that others stand on.
+    auth: BTreeMap<EventId, Found>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
     flush_at: usize,
@@ -128,7 +134,7 @@ enum Stage {
     /// All is here, but another server may see it otherwise.
     Comparing,
     Events(BTreeMap<Ticket, EventId>, VecDeque<EventId>),
-    Storing(Ticket, Vec<Found>, VecDeque<NewEvent>),
+    Storing(Ticket, Vec<(Arc<Pdu>, Known)>, VecDeque<NewEvent>),
     Over,
 }
 
@@ -170,14 +176,13 @@ impl Fetch {
     ) -> Self {
         let mut this = Self::idle(room, version, donors);
         this.got_state = true;
-        this.wanted
-            .extend(rest.state.iter().chain(&rest.bad).cloned());
+        this.want(rest.state.iter().chain(&rest.bad));
         this.sources.push(Source {
             donor: 0,
             state: rest.state,
         });
         for pdu in rest.left_out {
-            this.wanted.insert(pdu.event_id.clone());
+            this.want([&pdu.event_id]);
             this.waiting.insert(pdu.event_id.clone(), pdu);
         }
         for (section, pdu) in rest.held {
@@ -204,10 +209,10 @@ impl Fetch {
         now: Now,
     ) -> Self {
         let mut this = Self {
-            wanted,
             got_state: true,
             ..Self::idle(room, version, donors)
         };
+        this.want(&wanted);
         // Nothing can be done without the store's word, so this does not end at once.
         let ended = this.think(out, now);
         debug_assert!(ended.is_none());
@@ -226,7 +231,9 @@ impl Fetch {
             facts: Facts::new(room),
             stage: Stage::Thinking,
             wanted: BTreeSet::new(),
+            unsure: BTreeSet::new(),
             stored: BTreeMap::new(),
+            auth: BTreeMap::new(),
             waiting: Pdus::new(),
             flush_at: CHUNK,
             create: None,
@@ -262,11 +269,18 @@ impl Fetch {
         self.compare_until
     }
 
-    /// How many of the wanted events are here, and how many are wanted.
+    /// How many of the wanted events are stored, and how many are wanted.
     pub fn progress(&self) -> (u64, u64) {
-        let here = |id: &&EventId| self.stored.contains_key(*id) || self.waiting.contains_key(*id);
-        let have = self.wanted.iter().filter(here).count() as u64;
-        (have, self.wanted.len() as u64)
+        let want = self.wanted.len();
+        (self.stored.len().min(want) as u64, want as u64)
+    }
+
+    fn want<'a>(&mut self, ids: impl IntoIterator<Item = &'a EventId>) {
+        for id in ids {
+            if self.wanted.insert(id.clone()) {
+                self.unsure.insert(id.clone());
+            }
+        }
     }
 
     /// Takes an input; `Some` ends the fetch.
@@ -346,8 +360,8 @@ impl Fetch {
     ) -> Option<Result<Fetched, Unfetched>> {
         match ids(answer) {
             Ok((state, chain)) => {
-                self.wanted.extend(state.iter().chain(&chain).cloned());
-                self.wanted.extend(self.event.clone());
+                let event = self.event.clone();
+                self.want(state.iter().chain(&chain).chain(&event));
                 self.sources.push(Source { donor, state });
             }
             Err(failure) => {
@@ -396,7 +410,7 @@ impl Fetch {
                 continue;
             };
             if let Some(section) = given {
-                self.wanted.insert(id.clone());
+                self.want([&id]);
                 if section == Section::State {
                     self.sources[0].state.push(id.clone());
                 }
@@ -534,27 +548,13 @@ impl Fetch {
 
     /// What is to be done next, from all that is here.
     fn plan(&mut self) -> Got<Thought> {
-        let mut ids = self.wanted.clone();
-        ids.extend(sift::outside(&self.waiting));
+        let mut stood_on = sift::outside(&self.waiting);
         // From version 12 on every event stands on the create event without naming it.
         if self.version.rules().room_id_is_create_hash {
-            ids.extend(hash::create_of(&self.facts.room));
+            stood_on.extend(hash::create_of(&self.facts.room));
         }
-        ids.retain(|id| !self.stored.contains_key(id) && !self.waiting.contains_key(id));
-        let wanted: Vec<_> = ids.into_iter().collect();
-        let found = self.facts.find(&wanted)?;
-        let mut missing = Vec::new();
-        for (id, found) in wanted.into_iter().zip(found) {
-            match found {
-                Some(found) => {
-                    if sift::is_create(&found.pdu) && found.pdu.room_id == self.facts.room {
-                        self.create = Some(found.pdu.clone());
-                    }
-                    self.stored.insert(id, found);
-                }
-                None => missing.push(id),
-            }
-        }
+        self.look_up(&stood_on)?;
+        self.load_auth(&stood_on)?;
         if self.waiting.len() >= self.flush_at && self.create.is_some() {
             let events = self.sift()?;
             self.flush_at = CHUNK.max(2 * self.waiting.len());
@@ -565,6 +565,11 @@ impl Fetch {
         if !self.is_idle() {
             return Ok(Thought::Wait);
         }
+        let here = |id: &EventId| self.stored.contains_key(id) || self.waiting.contains_key(id);
+        let mut missing = stood_on;
+        missing.extend(self.wanted.iter().cloned());
+        missing.retain(|id| !here(id));
+        let mut missing: Vec<_> = missing.into_iter().collect();
         let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
         if much
             && !self.got_state
@@ -588,7 +593,41 @@ impl Fetch {
         if !events.is_empty() {
             return Ok(Thought::Store(events));
         }
-        Ok(Thought::Done(self.build()))
+        let (kind, state_key) = ("m.room.create", "");
+        let create: StateKey = (kind.into(), state_key.into());
+        self.facts.number(self.version, [], [create])?;
+        let create = self.facts.key(kind, state_key);
+        Ok(Thought::Done(self.build(create)))
+    }
+
+    /// Looks for what is wanted, or stood on, in the store.
+    fn look_up(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
+        let (stored, waiting) = (&self.stored, &self.waiting);
+        let new = |id: &&EventId| !stored.contains_key(*id) && !waiting.contains_key(*id);
+        let ids: BTreeSet<_> = self.unsure.iter().chain(stood_on).filter(new).collect();
+        let ids: Vec<_> = ids.into_iter().cloned().collect();
+        let known = self.facts.known(&ids)?;
+        self.unsure.clear();
+        let known = ids.into_iter().zip(known);
+        self.stored
+            .extend(known.filter_map(|(id, known)| Some((id, known?))));
+        Ok(())
+    }
+
+    /// Loads what is stood on, of what is stored.
+    fn load_auth(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
+        let unread = |id: &&EventId| self.stored.contains_key(*id) && !self.auth.contains_key(*id);
+        let ids: Vec<_> = stood_on.iter().filter(unread).cloned().collect();
+        let found = self.facts.find(&ids)?;
+        for (id, found) in ids.into_iter().zip(found) {
+            if let Some(found) = found {
+                if sift::is_create(&found.pdu) {
+                    self.create = Some(found.pdu.clone());
+                }
+                self.auth.insert(id, found);
+            }
+        }
+        Ok(())
     }
 
     /// The waiting events that can be judged, ready for the store.
@@ -602,7 +641,7 @@ impl Fetch {
             self.version,
             &self.facts.room,
             &self.waiting,
-            &self.stored,
+            &self.auth,
             create,
         );
         let ids = usable.iter().map(|(pdu, _)| pdu.event_id.clone());
@@ -629,15 +668,15 @@ impl Fetch {
         let rest = events.split_off(CHUNK.min(events.len()));
         let chunk = events
             .iter()
-            .map(|event| Found {
-                known: Known {
+            .map(|event| {
+                let known = Known {
                     nid: event.nid,
+                    key: event.key,
                     place: Place::Outlier,
                     rejected: event.verdict != Verdict::Accepted,
                     partial: false,
-                },
-                pdu: event.pdu.clone(),
-                key: event.key,
+                };
+                (event.pdu.clone(), known)
             })
             .collect();
         let mut writes = WriteSet::new(self.facts.room.clone(), self.version);
@@ -647,7 +686,7 @@ impl Fetch {
 
     fn on_stored(
         &mut self,
-        chunk: Vec<Found>,
+        chunk: Vec<(Arc<Pdu>, Known)>,
         rest: VecDeque<NewEvent>,
         committed: bool,
         out: &mut Outbox,
@@ -657,10 +696,14 @@ impl Fetch {
             // The room was purged in the meantime; nothing here is of use any more.
             return Some(Err(unreachable("the room is gone")));
         }
-        for found in chunk {
-            let id = found.pdu.event_id.clone();
+        for (pdu, known) in chunk {
+            let id = pdu.event_id.clone();
             self.waiting.remove(&id);
-            self.stored.insert(id, found);
+            self.stored.insert(id.clone(), known);
+            // Few members are stood on by what comes later; these are read again.
+            if &*pdu.kind != "m.room.member" {
+                self.auth.insert(id, Found { known, pdu });
+            }
         }
         if !rest.is_empty() {
             self.store(rest, out);
@@ -671,7 +714,7 @@ impl Fetch {
         self.think_if_idle(out, now)
     }
 
-    fn build(&self) -> Result<Fetched, Unfetched> {
+    fn build(&self, create: Option<KeyNid>) -> Result<Fetched, Unfetched> {
         // A lost answer is no hole: what is stored stays, and the source is asked again some time.
         if self
             .unreached
@@ -684,7 +727,8 @@ impl Fetch {
             return Ok(self.build_events());
         }
         let built = self.sources.iter().map(|source| self.map_of(source));
-        let mut built = built.filter(|(map, _)| self.has_create(map));
+        let has_create = |map: &StateMap| create.is_some_and(|key| map.get(key).is_some());
+        let mut built = built.filter(|(map, _)| has_create(map));
         let Some((after, holes)) = built.next() else {
             return Err(unreachable("the state has no create event of this room"));
         };
@@ -706,23 +750,16 @@ impl Fetch {
         let mut holes = 0;
         for id in source.state.iter().chain(&self.event) {
             match self.stored.get(id) {
-                Some(found) if found.known.rejected => {}
-                Some(found) => {
-                    if let Some(key) = found.key {
-                        after.insert(key, found.known.nid);
+                Some(known) if known.rejected => {}
+                Some(known) => {
+                    if let Some(key) = known.key {
+                        after.insert(key, known.nid);
                     }
                 }
                 None => holes += 1,
             }
         }
         (after, holes)
-    }
-
-    fn has_create(&self, map: &StateMap) -> bool {
-        let create = self.create.as_ref();
-        create
-            .and_then(|create| self.stored.get(&create.event_id))
-            .is_some_and(|found| found.key.and_then(|key| map.get(key)) == Some(found.known.nid))
     }
 
     fn build_events(&self) -> Fetched {

@@ -178,8 +178,14 @@ impl Machine for Resync {
                 }
             }
             (State::Fetching(mut fetch, goal), input) => {
+                let before = fetch.progress();
                 match (fetch.handle(input, &mut self.out, now), goal) {
-                    (None, goal) => self.state = State::Fetching(fetch, goal),
+                    (None, goal) => {
+                        if fetch.progress() != before {
+                            self.tell_progress(&fetch);
+                        }
+                        self.state = State::Fetching(fetch, goal);
+                    }
                     (Some(fetched), Goal::After(event)) => {
                         self.on_fetched(event, fetch, fetched, now);
                     }
@@ -278,6 +284,15 @@ impl Resync {
         self.out.tell(Tell::Progress {
             room: self.room.clone(),
             step,
+        });
+    }
+
+    fn tell_progress(&mut self, fetch: &Fetch) {
+        let (have, want) = fetch.progress();
+        self.tell(Step::Resyncing {
+            from: fetch.source().clone(),
+            have,
+            want,
         });
     }
 
@@ -421,12 +436,7 @@ impl Resync {
         }
         match fetched {
             Ok(fetched) => {
-                let (have, want) = fetch.progress();
-                self.tell(Step::Resyncing {
-                    from: source.clone(),
-                    have,
-                    want,
-                });
+                self.tell_progress(&fetch);
                 if let Some(other) = &fetched.disputed {
                     let differ = fetched.after.diff(other).len();
                     self.tell(Step::Failed {

@@ -302,6 +302,13 @@ impl dyn Row + '_ {
             .map_err(|_| Error::Corrupt(format!("key number {number}")))
     }
 
+    pub fn opt_key_nid(&self, column: usize) -> Result<Option<KeyNid>> {
+        match self.opt_int(column)? {
+            Some(_) => self.key_nid(column).map(Some),
+            None => Ok(None),
+        }
+    }
+
     pub fn id<T: Id>(&self, column: usize) -> Result<T> {
         parse_id(self.text(column)?)
     }

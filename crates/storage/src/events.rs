@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use protocol::id::{EventId, ServerName};
-use protocol::nid::{EventNid, RoomNid};
+use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use room::effect::Place;
@@ -30,6 +30,7 @@ pub enum Standing {
 pub struct Status {
     pub nid: EventNid,
     pub room: RoomNid,
+    pub key: Option<KeyNid>,
     pub place: Place,
     pub standing: Standing,
     pub partial: bool,
@@ -233,10 +234,10 @@ pub(crate) fn memberships(
     Ok(found)
 }
 
-const STATUS: &str = "SELECT nid, room_nid, place, verdict, partial, position FROM events
+const STATUS: &str = "SELECT nid, room_nid, place, verdict, partial, position, key_nid FROM events
     WHERE nid IN (SELECT value FROM rarray($1))";
 const STATUS_BY_ID: &str =
-    "SELECT e.nid, e.room_nid, e.place, e.verdict, e.partial, e.position, i.event_id
+    "SELECT e.nid, e.room_nid, e.place, e.verdict, e.partial, e.position, e.key_nid, i.event_id
     FROM event_ids i JOIN events e ON e.nid = i.nid
     WHERE i.event_id IN (SELECT value FROM rarray_text($1))";
 
@@ -246,6 +247,7 @@ fn read_status(row: &dyn Row) -> Result<Status> {
     Ok(Status {
         nid: row.event_nid(0)?,
         room: row.room_nid(1)?,
+        key: row.opt_key_nid(6)?,
         place: match given_up {
             true => Place::Outlier,
             false => read_place(row, 2)?,
@@ -275,7 +277,7 @@ pub fn statuses_by_id(c: &mut dyn Conn, ids: &[EventId]) -> Result<BTreeMap<Even
     let mut found = BTreeMap::new();
     for batch in ids.chunks(BATCH) {
         c.query(STATUS_BY_ID, &[&texts(&batch.to_vec())], &mut |row| {
-            found.insert(row.id(6)?, read_status(row)?);
+            found.insert(row.id(7)?, read_status(row)?);
             Ok(())
         })?;
     }

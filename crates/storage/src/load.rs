@@ -116,6 +116,7 @@ fn head(c: &mut dyn Conn, row: RoomRow) -> Result<Loaded> {
 fn known_as(status: &Status) -> Known {
     Known {
         nid: status.nid,
+        key: status.key,
         place: status.place,
         rejected: status.standing == Standing::Rejected,
         partial: status.partial,
@@ -140,7 +141,6 @@ fn find(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<Loaded> {
         let found = Found {
             known,
             pdu: body.pdu.clone(),
-            key: body.key,
         };
         Some((id, found))
     });
