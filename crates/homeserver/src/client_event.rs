@@ -2,6 +2,7 @@
 //!
 //! <https://spec.matrix.org/v1.18/client-server-api/#room-event-format>
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use protocol::pdu::Pdu;
@@ -30,6 +31,35 @@ pub fn client_event(pdu: &Pdu, unsigned: &Unsigned) -> Map<String, Value> {
     let mut event = without_room_id(pdu, unsigned);
     event.insert("room_id".to_owned(), Value::from(pdu.room_id.as_str()));
     event
+}
+
+/// The whole client form of a state event as JSON, without the detour of a tree.
+pub fn write_state_event(pdu: &Pdu, unsigned: &Unsigned, out: &mut String) {
+    if unsigned.redacted_because.is_some() || pdu.redacts.is_some() {
+        let event = Value::Object(client_event(pdu, unsigned));
+        out.push_str(&event.to_string());
+        return;
+    }
+    out.push_str("{\"content\":");
+    out.push_str(&pdu.content);
+    let state_key = pdu.state_key.as_deref().map(|key| ("state_key", key));
+    let texts = [
+        ("event_id", pdu.event_id.as_str()),
+        ("room_id", pdu.room_id.as_str()),
+        ("sender", pdu.sender.as_str()),
+        ("type", &*pdu.kind),
+    ];
+    for (name, text) in texts.into_iter().chain(state_key) {
+        let text = Value::from(text);
+        _ = write!(out, ",\"{name}\":{text}");
+    }
+    _ = write!(out, ",\"origin_server_ts\":{}", pdu.origin_server_ts);
+    let unsigned = unsigned_of(unsigned);
+    if !unsigned.is_empty() {
+        let unsigned = Value::Object(unsigned);
+        _ = write!(out, ",\"unsigned\":{unsigned}");
+    }
+    out.push('}');
 }
 
 /// The client form inside `/sync`, where the room is known from the place.
@@ -155,6 +185,31 @@ mod tests {
         );
         let create = stripped(&entry("m.room.create")).unwrap();
         assert_eq!(create["origin_server_ts"], 5);
+    }
+
+    #[test]
+    fn what_is_written_at_once_is_what_the_tree_says() {
+        let event = json!({"type": "m.room.member", "state_key": "@a\"\u{1}:b", "sender": "@a:b",
+            "room_id": "!r:b", "content": {"membership": "join", "displayname": "\u{7f}é\n\""},
+            "origin_server_ts": 7, "depth": 1, "prev_events": [], "auth_events": [],
+            "hashes": {"sha256": ""}, "signatures": {}});
+        let id = protocol::id::EventId::parse("$e").unwrap();
+        let version = protocol::room_version::RoomVersion::V11;
+        let pdu = Pdu::parse_trusted(&event.to_string(), version, id, false).unwrap();
+        let redacted = Unsigned {
+            redacted_because: Some(Arc::new(pdu.clone())),
+            ..Unsigned::default()
+        };
+        let aged = Unsigned {
+            age: Some(5),
+            ..Unsigned::default()
+        };
+        for unsigned in [Unsigned::default(), aged, redacted] {
+            let mut text = String::new();
+            write_state_event(&pdu, &unsigned, &mut text);
+            let written: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(written, Value::Object(client_event(&pdu, &unsigned)));
+        }
     }
 
     #[test]

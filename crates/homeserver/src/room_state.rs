@@ -5,6 +5,7 @@
 
 use protocol::id::{RoomId, UserId};
 use protocol::nid::EventNid;
+use protocol::pdu::Pdu;
 use protocol::state::StateMap;
 use serde_json::{Map, Value, json};
 use storage::timeline;
@@ -106,13 +107,17 @@ pub struct MembersAsked {
     pub not_membership: Option<String>,
 }
 
-/// C-11, C-12: waits for the room, then answers for the point asked about.
+/// Events that are read and written at a time.
+const STRETCH: usize = 500;
+
+/// C-11, C-12: waits for the room, then answers for the point asked about: the JSON of the whole answer, in
+/// pieces.
 pub async fn members(
     homeserver: &Homeserver,
     user: &UserId,
     room: &RoomId,
     asked: MembersAsked,
-) -> Result<Vec<Value>> {
+) -> Result<Vec<String>> {
     let at = match asked.at.as_deref().filter(|at| !at.is_empty()) {
         None => None,
         Some(text) => Some(
@@ -136,20 +141,26 @@ pub async fn members(
             if let Some(at) = at {
                 state = state_at(&mut view, at)?;
             }
-            let mut chosen = Vec::new();
-            for (_, nid) in view.members_in(&state)? {
-                let membership = membership_of(&*view.pdu(nid)?);
-                let wanted = asked
-                    .membership
-                    .as_deref()
-                    .is_none_or(|only| only == membership)
-                    && asked.not_membership.as_deref() != Some(membership);
-                if wanted {
-                    chosen.push(nid);
-                }
+            let wanted = |pdu: &Pdu| {
+                let membership = membership_of(pdu);
+                let only = asked.membership.as_deref();
+                only.is_none_or(|only| only == membership)
+                    && asked.not_membership.as_deref() != Some(membership)
+            };
+            let members = view.members_in(&state)?;
+            let nids: Vec<EventNid> = members.into_iter().map(|(_, nid)| nid).collect();
+            let mut pieces = vec!["{\"chunk\":[".to_owned()];
+            for stretch in nids.chunks(STRETCH) {
+                let mut piece = String::new();
+                view.write_state(stretch, now_ms, wanted, &mut piece)?;
+                pieces.push(piece);
             }
-            let events = view.dress_state(&chosen, now_ms)?;
-            Ok(Some(events.into_iter().map(Value::Object).collect()))
+            // The first of all has no comma before it.
+            if let Some(first) = pieces[1..].iter_mut().find(|piece| !piece.is_empty()) {
+                first.remove(0);
+            }
+            pieces.push("]}".to_owned());
+            Ok(Some(pieces))
         })
         .await?
         .ok_or_else(not_in_room)
@@ -215,9 +226,13 @@ pub async fn joined_members(
             };
             let state = view.room.state.clone();
             let mut joined = Map::new();
-            for (user, nid) in view.members_in(&state)? {
-                let event = view.pdu(nid)?;
-                if membership_of(&event) == "join" {
+            for stretch in view.members_in(&state)?.chunks(STRETCH) {
+                let nids: Vec<EventNid> = stretch.iter().map(|(_, nid)| *nid).collect();
+                let events = storage::events::pdus_once(view.c, &nids)?;
+                for (user, nid) in stretch {
+                    let Some(event) = events.get(nid).filter(|e| membership_of(e) == "join") else {
+                        continue;
+                    };
                     let text = |key: &str| event.content_get_str(key);
                     let entry = json!({
                         "display_name": text("displayname"),

@@ -275,6 +275,33 @@ impl<'c> RoomView<'c> {
             .collect())
     }
 
+    /// The client forms of those of these state events that are wanted, as JSON with a comma before each.
+    pub fn write_state(
+        &mut self,
+        nids: &[EventNid],
+        now_ms: i64,
+        wanted: impl Fn(&Pdu) -> bool,
+        out: &mut String,
+    ) -> Result<()> {
+        let pdus = events::pdus_once(self.c, nids)?;
+        let pdus: Vec<_> = nids
+            .iter()
+            .filter_map(|nid| pdus.get(nid))
+            .filter(|pdu| wanted(pdu))
+            .collect();
+        let redactions = self.redactions(pdus.iter().copied())?;
+        for pdu in pdus {
+            let unsigned = Unsigned {
+                age: Some((now_ms - pdu.origin_server_ts).max(0)),
+                redacted_because: redactions.get(&pdu.event_id).cloned(),
+                ..Unsigned::default()
+            };
+            out.push(',');
+            client_event::write_state_event(pdu, &unsigned, out);
+        }
+        Ok(())
+    }
+
     fn transaction_of(&self, event: &TimelineEvent) -> Option<String> {
         let transaction = event.transaction.as_ref()?;
         let device = self.reader.device.as_deref()?;

@@ -104,6 +104,14 @@ const BODIES: &str =
 
 /// The bodies of those of these events that are stored.
 pub fn bodies(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNid, Body>> {
+    read_bodies(c, events, true)
+}
+
+fn read_bodies(
+    c: &mut dyn Conn,
+    events: &[EventNid],
+    keep: bool,
+) -> Result<HashMap<EventNid, Body>> {
     let cached = c.cached();
     let mut found = HashMap::with_capacity(events.len());
     let mut missing = Vec::new();
@@ -120,7 +128,9 @@ pub fn bodies(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNid,
     for batch in missing.chunks(BATCH) {
         c.query(BODIES, &[&batch], &mut |row| {
             let (nid, body) = read_body(row)?;
-            cached.keep_body(nid, &body);
+            if keep {
+                cached.keep_body(nid, &body);
+            }
             found.insert(nid, body);
             Ok(())
         })?;
@@ -158,6 +168,14 @@ pub fn body(c: &mut dyn Conn, event: EventNid) -> Result<Option<Body>> {
 /// The events themselves, those that are stored.
 pub fn pdus(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNid, Arc<Pdu>>> {
     Ok(bodies(c, events)?
+        .into_iter()
+        .map(|(nid, body)| (nid, body.pdu))
+        .collect())
+}
+
+/// As [`pdus`], for reading a whole room once: what is kept in memory stays as it is.
+pub fn pdus_once(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNid, Arc<Pdu>>> {
+    Ok(read_bodies(c, events, false)?
         .into_iter()
         .map(|(nid, body)| (nid, body.pdu))
         .collect())
