@@ -24,6 +24,10 @@ use crate::store::Store;
 
 /// Inputs of one run; a run that wants more does not end.
 const STEPS_MAX: usize = 50_000;
+/// Event ids that a liar makes up.
+const BOGUS: u64 = 3000;
+/// Single events that are asked for in one resync, whatever a liar says.
+const EVENTS_ASKED_MAX: u64 = 1500;
 /// Faults end here, so that what must happen in the end can.
 const PEACE: Duration = Duration::from_secs(3600);
 
@@ -63,7 +67,7 @@ struct World<'a> {
     /// Joins that a resident accepted.
     accepted: BTreeSet<EventId>,
     crashes_left: u64,
-    /// Leaves something out of every state that it gives.
+    /// Leaves something out of every state that it gives, and makes something up.
     liar: Option<ServerName>,
     /// The residents do not know of partial answers.
     whole_answers: bool,
@@ -71,6 +75,8 @@ struct World<'a> {
     rest: Option<Box<Rest>>,
     /// Since the rest is here, and all is well.
     nobody_need_be_asked: bool,
+    /// Single events asked for in one resync.
+    events_asked: u64,
     trace: String,
     broken: Option<String>,
 }
@@ -102,6 +108,7 @@ impl<'a> World<'a> {
             whole_answers: seed % 5 == 3 || seed.is_multiple_of(80),
             rest: None,
             nobody_need_be_asked: false,
+            events_asked: 0,
             trace: String::new(),
             broken: None,
         }
@@ -226,13 +233,17 @@ impl<'a> World<'a> {
             let residents = &self.fixture.residents;
             let liar = self.chance.pick(residents).cloned();
             self.liar = liar.filter(|_| lies);
+            self.events_asked = 0;
             let mut resync = Resync::new(own, room, options, seed, self.now());
             if let Some(rest) = self.rest.take() {
                 resync.take(rest, self.now());
                 self.nobody_need_be_asked = self.faults == 0;
             }
             match self.drive(&mut resync, None)? {
-                Step::Outcome(Resynced::Full) => break,
+                Step::Outcome(Resynced::Full) if self.events_asked <= EVENTS_ASKED_MAX => break,
+                Step::Outcome(Resynced::Full) => {
+                    return Err(format!("{} events were asked for", self.events_asked));
+                }
                 Step::Outcome(other) => return Err(format!("the resync came to {other:?}")),
                 Step::Crashed => {}
             }
@@ -446,7 +457,10 @@ impl<'a> World<'a> {
                 parts.extend(self.parts(Section::AuthChain, &self.fixture.chain.clone()));
                 (parts, Ok(Answer::State))
             }
-            Ask::Event { event_id } => self.serve_event(event_id),
+            Ask::Event { event_id } => {
+                self.events_asked += 1;
+                self.serve_event(event_id)
+            }
             _ => {
                 let reason = "nothing else is served here".to_owned();
                 (Vec::new(), Err(AskError::Unreachable { reason }))
@@ -570,6 +584,11 @@ impl<'a> World<'a> {
             let left_out = self.chance.below(pdu_ids.len() as u64) as usize;
             if create != Some(left_out) {
                 pdu_ids.remove(left_out);
+            }
+            // And names what nobody has.
+            for n in 0..self.chance.below(2) * BOGUS {
+                let id = format!("$bogus{n}");
+                pdu_ids.push(EventId::parse(&id).expect("a plain id"));
             }
         }
         let answer = Answer::StateIds {

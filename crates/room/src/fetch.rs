@@ -38,6 +38,10 @@ const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
 const EVENTS_AT_ONCE_MAX: usize = 5;
 /// Once all is here, the second server's ids are awaited this long.
 const COMPARE_WAIT: Duration = Duration::from_secs(10);
+/// Single events asked for before it is looked again at what is worth asking for.
+const EVENTS_MAX: usize = 200;
+/// Events that a server names and nobody has, before no more of those that it alone names are asked for.
+const LOST_MAX: usize = 200;
 /// Servers asked for one event before it is given up.
 const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
@@ -107,6 +111,8 @@ pub(crate) struct Fetch {
     create: Option<Arc<Pdu>>,
     /// How many donors were asked for an event.
     tried: BTreeMap<EventId, usize>,
+    /// Events of which a second copy would be no better.
+    hopeless: BTreeSet<EventId>,
     /// Events that the source of the ids could not be asked for: another time it may be.
     unreached: BTreeSet<EventId>,
     /// Checks of PDUs that have come, with the section of those that were given.
@@ -117,13 +123,19 @@ pub(crate) struct Fetch {
     body: Option<Ticket>,
     /// How many sources were asked for the whole state.
     asked_for_state: usize,
-    /// A whole state came to its end, so that what it lacked is to be had singly, if at all.
-    got_state: bool,
 }
 
 struct Source {
     donor: usize,
     state: Vec<EventId>,
+    /// State and auth chain, in order.
+    named: Vec<EventId>,
+}
+
+impl Source {
+    fn names(&self, id: &EventId) -> bool {
+        self.named.binary_search(id).is_ok()
+    }
 }
 
 enum Stage {
@@ -175,11 +187,11 @@ impl Fetch {
         now: Now,
     ) -> Self {
         let mut this = Self::idle(room, version, donors);
-        this.got_state = true;
         this.want(rest.state.iter().chain(&rest.bad));
         this.sources.push(Source {
             donor: 0,
             state: rest.state,
+            named: Vec::new(),
         });
         for pdu in rest.left_out {
             this.want([&pdu.event_id]);
@@ -209,7 +221,6 @@ impl Fetch {
         now: Now,
     ) -> Self {
         let mut this = Self {
-            got_state: true,
             ..Self::idle(room, version, donors)
         };
         this.want(&wanted);
@@ -238,12 +249,12 @@ impl Fetch {
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
+            hopeless: BTreeSet::new(),
             unreached: BTreeSet::new(),
             checks: BTreeMap::new(),
             given: VecDeque::new(),
             body: None,
             asked_for_state: 0,
-            got_state: false,
         }
     }
 
@@ -323,10 +334,9 @@ impl Fetch {
                     self.check(pdus, out);
                 }
             }
-            (stage, Input::Answered { ticket, answer, .. }) if self.body == Some(ticket) => {
-                // Whatever came counts. What an answer lacked that came to its end is asked for singly.
+            (stage, Input::Answered { ticket, .. }) if self.body == Some(ticket) => {
+                // Whatever came counts. What it lacked is asked for elsewhere.
                 self.stage = stage;
-                self.got_state |= answer.is_ok();
                 self.body = None;
                 return self.think_if_idle(out, now);
             }
@@ -362,7 +372,13 @@ impl Fetch {
             Ok((state, chain)) => {
                 let event = self.event.clone();
                 self.want(state.iter().chain(&chain).chain(&event));
-                self.sources.push(Source { donor, state });
+                let mut named: Vec<_> = state.iter().chain(&chain).cloned().collect();
+                named.sort_unstable();
+                self.sources.push(Source {
+                    donor,
+                    state,
+                    named,
+                });
             }
             Err(failure) => {
                 self.failures
@@ -417,7 +433,7 @@ impl Fetch {
             }
             // Nobody's copy is better as long as there is no key.
             if fault == Some(Fault::NoKey) && self.wanted.contains(&id) {
-                self.tried.insert(id, DONORS_MAX);
+                self.hopeless.insert(id);
             }
             let Ok(pdu) = pdu else {
                 continue;
@@ -572,20 +588,13 @@ impl Fetch {
         let mut missing: Vec<_> = missing.into_iter().collect();
         let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
         if much
-            && !self.got_state
             && self.asked_for_state < self.sources.len()
             && missing.len() > 1
             && let Some(event) = &self.event
         {
             return Ok(Thought::AskState(event.clone()));
         }
-        let donors = self.donors.len().min(DONORS_MAX);
-        let full = self.tried.len() >= self.wanted.len() + UNNAMED_MAX;
-        missing.retain(|id| match self.tried.get(id) {
-            Some(tried) => *tried < donors,
-            None => !full,
-        });
-        missing.truncate(CHUNK);
+        self.give_up(&mut missing);
         if !missing.is_empty() {
             return Ok(Thought::AskEvents(missing));
         }
@@ -598,6 +607,39 @@ impl Fetch {
         self.facts.number(self.version, [], [create])?;
         let create = self.facts.key(kind, state_key);
         Ok(Thought::Done(self.build(create)))
+    }
+
+    /// Leaves those of the missing events that are worth asking for, begun ones first. A server that names
+    /// many that nobody has is not asked for more of these, so that it can not keep the room partial.
+    fn give_up(&self, missing: &mut Vec<EventId>) {
+        let donors = self.donors.len().min(DONORS_MAX);
+        let full = self.tried.len() >= self.wanted.len() + UNNAMED_MAX;
+        let lost: Vec<_> = missing
+            .iter()
+            .filter(|id| self.tried.get(*id).is_some_and(|tried| *tried >= donors))
+            .collect();
+        let believed: Vec<_> = self
+            .sources
+            .iter()
+            .map(|source| lost.iter().filter(|id| source.names(id)).count() < LOST_MAX)
+            .collect();
+        let worth = |id: &EventId| match self.tried.get(id) {
+            Some(tried) if *tried >= donors => false,
+            None if full => false,
+            _ => {
+                let mut named = self.sources.iter().zip(&believed);
+                let mut nobody = true;
+                let believed = named.any(|(source, believed)| {
+                    let names = source.names(id);
+                    nobody &= !names;
+                    names && *believed
+                });
+                believed || nobody
+            }
+        };
+        missing.retain(|id| worth(id) && !self.hopeless.contains(id));
+        missing.sort_by_key(|id| !self.tried.contains_key(id));
+        missing.truncate(EVENTS_MAX);
     }
 
     /// Looks for what is wanted, or stood on, in the store.
