@@ -227,6 +227,7 @@ impl<'a> World<'a> {
             let seed = self.chance.draw();
             let options = ResyncOptions {
                 compare_donors: seed.is_multiple_of(2),
+                chunk: 3 + (seed / 2 % 40) as usize,
             };
             // O-46: one liar gets nowhere, unless there is nobody to contradict it.
             let lies = options.compare_donors && self.faults == 0;

@@ -688,6 +688,7 @@ impl World {
         let seed = self.chance.draw();
         let options = ResyncOptions {
             compare_donors: seed.is_multiple_of(2),
+            chunk: 3 + (seed / 2 % 40) as usize,
         };
         let mut resync = Resync::new(own, self.room.clone(), options, seed, self.now());
         if let Some(rest) = rest {

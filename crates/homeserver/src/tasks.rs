@@ -223,6 +223,7 @@ async fn resync(
         room.clone(),
         ResyncOptions {
             compare_donors: hs.config().join.compare_donors,
+            ..ResyncOptions::default()
         },
         rand::random(),
         hs.clock().now(),

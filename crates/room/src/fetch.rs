@@ -38,6 +38,9 @@ const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
 const EVENTS_AT_ONCE_MAX: usize = 5;
 /// Once all is here, the second server's ids are awaited this long.
 const COMPARE_WAIT: Duration = Duration::from_secs(10);
+/// Events that are asked for ahead of a body. On each must stand this part of a commit's events.
+const AHEAD_MAX: usize = 50;
+const AHEAD_DEPENDENTS_PART: usize = 40;
 /// Single events asked for before it is looked again at what is worth asking for.
 const EVENTS_MAX: usize = 200;
 /// Events that a server names and nobody has, before no more of those that it alone names are asked for.
@@ -47,7 +50,7 @@ const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
 const MISSING_FOR_STATE_PERCENT: usize = 10;
 /// Events of one commit.
-const CHUNK: usize = 4000;
+pub(crate) const CHUNK: usize = 4000;
 /// Auth events asked for though no id list named them; somebody who makes up events could go on for ever.
 const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.
@@ -107,6 +110,9 @@ pub(crate) struct Fetch {
     auth: BTreeMap<EventId, Found>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
+    /// Events of one commit.
+    chunk: usize,
+    /// How many have to wait before they are looked at.
     flush_at: usize,
     create: Option<Arc<Pdu>>,
     /// How many donors were asked for an event.
@@ -121,6 +127,9 @@ pub(crate) struct Fetch {
     given: VecDeque<(Section, Vec<RawPdu>)>,
     /// The request for a whole state that runs.
     body: Option<Ticket>,
+    /// Requests for single events out of that body.
+    ahead: BTreeSet<Ticket>,
+    asked_ahead: BTreeSet<EventId>,
     /// How many sources were asked for the whole state.
     asked_for_state: usize,
 }
@@ -246,6 +255,7 @@ impl Fetch {
             stored: BTreeMap::new(),
             auth: BTreeMap::new(),
             waiting: Pdus::new(),
+            chunk: CHUNK,
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
@@ -254,7 +264,18 @@ impl Fetch {
             checks: BTreeMap::new(),
             given: VecDeque::new(),
             body: None,
+            ahead: BTreeSet::new(),
+            asked_ahead: BTreeSet::new(),
             asked_for_state: 0,
+        }
+    }
+
+    /// Commits at most this many events at a time.
+    pub fn in_chunks_of(self, chunk: usize) -> Self {
+        Self {
+            chunk,
+            flush_at: chunk,
+            ..self
         }
     }
 
@@ -333,6 +354,13 @@ impl Fetch {
                 if self.body == Some(ticket) {
                     self.check(pdus, out);
                 }
+            }
+            (stage, Input::Answered { ticket, answer, .. }) if self.ahead.remove(&ticket) => {
+                self.stage = stage;
+                if let Ok(Answer::Pdus(pdus)) = answer {
+                    self.check(pdus, out);
+                }
+                return self.think_if_idle(out, now);
             }
             (stage, Input::Answered { ticket, .. }) if self.body == Some(ticket) => {
                 // Whatever came counts. What it lacked is asked for elsewhere.
@@ -439,10 +467,16 @@ impl Fetch {
                 continue;
             };
             let id = &pdu.event_id;
-            let asked = self.wanted.contains(id) || self.tried.contains_key(id);
+            let asked = self.wanted.contains(id)
+                || self.tried.contains_key(id)
+                || self.asked_ahead.contains(id);
             if asked && pdu.room_id == self.facts.room && !self.stored.contains_key(id) {
                 if sift::is_create(&pdu) {
                     self.create = Some(pdu.clone());
+                }
+                // What stands on it may be judged now.
+                if self.asked_ahead.contains(id) {
+                    self.flush_at = self.chunk;
                 }
                 self.waiting.insert(pdu.event_id.clone(), pdu);
             }
@@ -509,7 +543,10 @@ impl Fetch {
     }
 
     fn is_idle(&self) -> bool {
-        self.checks.is_empty() && self.given.is_empty() && self.body.is_none()
+        self.checks.is_empty()
+            && self.given.is_empty()
+            && self.body.is_none()
+            && self.ahead.is_empty()
     }
 
     /// Thinks once nothing is on its way, or there is enough to be stored.
@@ -542,6 +579,13 @@ impl Fetch {
                 self.body = Some(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
                 None
             }
+            Thought::AskAhead(ids, events) => {
+                self.ask_ahead(ids, out);
+                if !events.is_empty() {
+                    self.store(events.into(), out);
+                }
+                None
+            }
             Thought::Wait => None,
             Thought::AskEvents(ids) => {
                 let (mut asks, mut queue) = (BTreeMap::new(), ids.into());
@@ -571,9 +615,15 @@ impl Fetch {
         }
         self.look_up(&stood_on)?;
         self.load_auth(&stood_on)?;
-        if self.waiting.len() >= self.flush_at && self.create.is_some() {
+        let judgeable = self.create.is_some() || !self.version.rules().room_id_is_create_hash;
+        if self.waiting.len() >= self.flush_at && judgeable {
             let events = self.sift()?;
-            self.flush_at = CHUNK.max(2 * self.waiting.len());
+            let left = self.waiting.len() - events.len();
+            self.flush_at = left + self.chunk.max(left / 2);
+            let ahead = self.wanted_ahead(&stood_on);
+            if !ahead.is_empty() {
+                return Ok(Thought::AskAhead(ahead, events));
+            }
             if !events.is_empty() {
                 return Ok(Thought::Store(events));
             }
@@ -607,6 +657,38 @@ impl Fetch {
         self.facts.number(self.version, [], [create])?;
         let create = self.facts.key(kind, state_key);
         Ok(Thought::Done(self.build(create)))
+    }
+
+    /// The few events that many of the waiting stand on, such as former power levels. A body has them near
+    /// its end, and so long all would have to be kept.
+    fn wanted_ahead(&self, stood_on: &BTreeSet<EventId>) -> Vec<EventId> {
+        if self.body.is_none() || self.asked_ahead.len() >= AHEAD_MAX {
+            return Vec::new();
+        }
+        let mut dependents: BTreeMap<&EventId, usize> = BTreeMap::new();
+        for id in self.waiting.values().flat_map(|pdu| &pdu.auth_events) {
+            let missing = stood_on.contains(id) && !self.stored.contains_key(id);
+            if missing && !self.asked_ahead.contains(id) {
+                *dependents.entry(id).or_default() += 1;
+            }
+        }
+        let mut dependents: Vec<_> = dependents.into_iter().collect();
+        dependents.retain(|(_, count)| *count * AHEAD_DEPENDENTS_PART >= self.chunk);
+        dependents.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        dependents.truncate(AHEAD_MAX - self.asked_ahead.len());
+        dependents.into_iter().map(|(id, _)| id.clone()).collect()
+    }
+
+    fn ask_ahead(&mut self, ids: Vec<EventId>, out: &mut Outbox) {
+        let donor = self.sources.first().map_or(0, |source| source.donor);
+        for id in ids {
+            let ask = Ask::Event {
+                event_id: id.clone(),
+            };
+            let ticket = out.ask(&self.donors[donor], ask, EVENT_TIMEOUT);
+            self.ahead.insert(ticket);
+            self.asked_ahead.insert(id);
+        }
     }
 
     /// Leaves those of the missing events that are worth asking for, begun ones first. A server that names
@@ -707,7 +789,7 @@ impl Fetch {
     }
 
     fn store(&mut self, mut events: VecDeque<NewEvent>, out: &mut Outbox) {
-        let rest = events.split_off(CHUNK.min(events.len()));
+        let rest = events.split_off(self.chunk.min(events.len()));
         let chunk = events
             .iter()
             .map(|event| {
@@ -836,6 +918,8 @@ enum Thought {
     Store(Vec<NewEvent>),
     AskState(EventId),
     AskEvents(Vec<EventId>),
+    /// Ask for these while a body arrives, and store those.
+    AskAhead(Vec<EventId>, Vec<NewEvent>),
     /// More is on its way.
     Wait,
     Done(Result<Fetched, Unfetched>),

@@ -18,7 +18,7 @@ use crate::effect::{
     Step, StoredEvent, Tell, Ticket,
 };
 use crate::facts::{self, Facts, Got, both};
-use crate::fetch::{Fetch, Fetched, Unfetched};
+use crate::fetch::{CHUNK, Fetch, Fetched, Unfetched};
 use crate::judge;
 use crate::outbox::Outbox;
 use crate::rest::Rest;
@@ -53,6 +53,17 @@ pub enum Resynced {
 pub struct ResyncOptions {
     /// Ask two servers for the ids of a state, and compare (O-46).
     pub compare_donors: bool,
+    /// Events of one commit.
+    pub chunk: usize,
+}
+
+impl Default for ResyncOptions {
+    fn default() -> Self {
+        Self {
+            compare_donors: true,
+            chunk: CHUNK,
+        }
+    }
 }
 
 pub struct Resync {
@@ -328,7 +339,8 @@ impl Resync {
         let room = self.room.clone();
         let compare = self.options.compare_donors;
         let (version, wanted) = (head.version, event.clone());
-        let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out);
+        let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out)
+            .in_chunks_of(self.options.chunk);
         self.state = State::Fetching(Box::new(fetch), Goal::After(event));
         self.tell(Step::Resyncing {
             from: source,
@@ -356,7 +368,8 @@ impl Resync {
         let donors = self.donors(&rest.from, marker);
         let (room, version) = (self.room.clone(), head.version);
         let (join, from) = (rest.join.clone(), rest.from.clone());
-        let fetch = Fetch::given(room, version, *rest, donors, &mut self.out, now);
+        let fetch = Fetch::given(room, version, *rest, donors, &mut self.out, now)
+            .in_chunks_of(self.options.chunk);
         self.state = State::Fetching(Box::new(fetch), Goal::Before(join));
         self.tell(Step::Resyncing {
             from,
