@@ -315,7 +315,7 @@ pub async fn a_room_reads_back_as_it_was_written(database: &Database) {
     };
     assert_eq!(found.len(), 1);
     assert_eq!(*found[&join.pdu.event_id].pdu, *join.pdu);
-    assert_eq!(found[&join.pdu.event_id].key, join.key);
+    assert_eq!(found[&join.pdu.event_id].known.key, join.key);
     let Loaded::Head(Some(cold)) = load(&again, &fixture.room, Load::Head).await.unwrap() else {
         panic!()
     };
