@@ -4,7 +4,7 @@
 //! Each round two forks of ten state events grow from one event, on the same ten keys. The last event of the
 //! second fork is the one looked at: with it the current state is the resolution of ten keys.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::signature::SigningKey;
 use protocol::state::StateMap;
-use protocol::state_resolution::{in_question, resolve};
+use protocol::state_resolution::resolve;
 use room::effect::{Effect, Extremity, Input, Load, Loaded, Machine, Now, Place};
 use room::receive::{Incoming, Receive, Received};
 use room::template::Own;
@@ -38,11 +38,8 @@ const ALICE: &str = "@alice:example.org";
 
 /// What one room gave, medians of the rounds.
 pub struct Figures {
-    pub version: RoomVersion,
-    pub members: usize,
     /// In what the store gave for the resolution.
     pub events: usize,
-    pub in_question: usize,
     pub resolving: Duration,
     pub loading: Duration,
     pub receiving: Duration,
@@ -77,10 +74,7 @@ pub async fn measure(url: &str, version: RoomVersion, members: usize) -> anyhow:
     };
     let last = rounds.last().context("no rounds")?;
     Ok(Figures {
-        version,
-        members,
         events: last.events,
-        in_question: last.in_question,
         resolving: median(|round| round.resolving),
         loading: median(|round| round.loading),
         receiving: median(|round| round.receiving),
@@ -91,7 +85,6 @@ pub async fn measure(url: &str, version: RoomVersion, members: usize) -> anyhow:
 
 struct Round {
     events: usize,
-    in_question: usize,
     resolving: Duration,
     loading: Duration,
     receiving: Duration,
@@ -469,13 +462,10 @@ impl World {
         if resolved.len() < maps[0].len() {
             bail!("the resolved state has {} entries", resolved.len());
         }
-        let mut bare = set.clone();
-        bare.shared = BTreeSet::new();
         let start = Instant::now();
         self.receive(Arc::clone(&forks.last)).await?;
         Ok(Round {
             events: set.events.len(),
-            in_question: in_question(&maps, &bare, &[]).len(),
             resolving,
             loading,
             receiving: start.elapsed(),

@@ -57,25 +57,26 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 /// The same conflict in rooms of three sizes.
 async fn forks(url: &str, members: usize) -> anyhow::Result<()> {
-    println!("two forks that differ in ten events");
+    println!("two forks that differ in ten events, microseconds");
     println!(
-        "  version members events in_question resolve load receive load_cold states_cold (us)"
+        "| room version | members | events read | reading them | resolving | last event received | the same reading, cold | states, cold |"
     );
+    println!("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
     for version in [VERSION, RoomVersion::V12] {
         for members in [members / 100, members / 10, members] {
             let found = resolve::measure(url, version, members).await?;
-            let us = |time: Duration| time.as_micros();
+            let times = [
+                found.loading,
+                found.resolving,
+                found.receiving,
+                found.loading_cold,
+                found.states_cold,
+            ];
+            let times = times.map(|time| time.as_micros().to_string());
             println!(
-                "  {} {} {} {} {} {} {} {} {}",
-                found.version,
-                found.members,
+                "| {version} | {members} | {} | {} |",
                 found.events,
-                found.in_question,
-                us(found.resolving),
-                us(found.loading),
-                us(found.receiving),
-                us(found.loading_cold),
-                us(found.states_cold),
+                times.join(" | ")
             );
         }
     }

@@ -736,7 +736,8 @@ impl Plan {
             .collect();
         if !rows.is_empty() {
             c.execute_many(ADD_HOST, &rows)?;
-            c.execute(DROP_HOSTS, &[&room])?;
+            let touched: Vec<&str> = hosts.into_keys().collect();
+            c.execute(DROP_HOSTS, &[&room, &crate::texts(&touched)])?;
         }
         Ok(())
     }
@@ -975,7 +976,8 @@ const UPSERT_MEMBERSHIP: &str = "INSERT INTO memberships
 const DELETE_MEMBERSHIP: &str = "DELETE FROM memberships WHERE room_nid = $1 AND user_id = $2";
 const ADD_HOST: &str = "INSERT INTO room_hosts (room_nid, server, joined) VALUES ($1, $2, $3)
     ON CONFLICT (room_nid, server) DO UPDATE SET joined = room_hosts.joined + excluded.joined";
-const DROP_HOSTS: &str = "DELETE FROM room_hosts WHERE room_nid = $1 AND joined <= 0";
+const DROP_HOSTS: &str = "DELETE FROM room_hosts WHERE room_nid = $1
+    AND server IN (SELECT value FROM rarray_text($2)) AND joined <= 0";
 
 fn memberships_of(
     c: &mut dyn Conn,
