@@ -20,6 +20,7 @@ use crate::room_body::{BodyKind, RoomBody};
 
 const V1: &str = "/_matrix/federation/v1";
 const V2: &str = "/_matrix/federation/v2";
+const POLICY_SIGN: &str = "/_matrix/policy/v1/sign";
 
 /// One event and what stands around it.
 const SMALL_BYTES_MAX: usize = 2 << 20;
@@ -181,6 +182,12 @@ impl Client {
                 uri = with_query(uri, "limit", &limit.to_string());
                 let answer: Pdus = self.get(to, uri, timeout, EVENTS_BYTES_MAX).await?;
                 pdus(answer.pdus)
+            }
+            Ask::PolicySign { event } => {
+                let uri = POLICY_SIGN.to_owned();
+                let call = Call::post(to, uri, Body::Raw(event), timeout);
+                let signatures = self.json(call, SMALL_BYTES_MAX).await?;
+                Ok(Answer::PolicySigned { signatures })
             }
             Ask::Invite {
                 room,

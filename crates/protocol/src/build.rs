@@ -156,6 +156,28 @@ pub fn cosign(pdu: &Pdu, key: &SigningKey, server: &ServerName) -> Result<Pdu, P
     add_signature(event, key, server, pdu.version)
 }
 
+/// Adds a signature that another server has given, whatever it is worth.
+pub fn with_signature(
+    pdu: &Pdu,
+    server: &ServerName,
+    key_id: &str,
+    signature: &str,
+) -> Result<Pdu, PduError> {
+    let format = || PduError::Format("signatures");
+    let mut event: Map<String, Value> = serde_json::from_str(&pdu.json).map_err(|_| format())?;
+    let signatures = event
+        .entry("signatures")
+        .or_insert_with(|| Map::new().into());
+    let signatures = signatures.as_object_mut().ok_or_else(format)?;
+    let by_server = signatures
+        .entry(server.as_str())
+        .or_insert_with(|| Map::new().into());
+    let by_server = by_server.as_object_mut().ok_or_else(format)?;
+    by_server.insert(key_id.to_owned(), signature.into());
+    let raw = serde_json::to_string(&event).map_err(|_| format())?;
+    Pdu::parse(&raw, pdu.version)
+}
+
 fn add_signature(
     mut event: Map<String, Value>,
     key: &SigningKey,

@@ -18,6 +18,11 @@ use crate::id::{ServerName, UserId};
 use crate::pdu::Pdu;
 use crate::room_version::RoomVersion;
 
+/// What policy servers sign with: a key that stands in a room's state, and that nobody publishes.
+///
+/// <https://spec.matrix.org/v1.18/server-server-api/#validating-policy-server-signatures>
+pub const POLICY_KEY_ID: &str = "ed25519:policy_server";
+
 /// Keys of other algorithms are left aside.
 const ALGORITHM: &str = "ed25519:";
 
@@ -85,7 +90,7 @@ pub fn needed_keys(pdu: &Pdu) -> Vec<(ServerName, String)> {
     let servers = required_servers(pdu).unwrap_or_default();
     pdu.signatures
         .iter()
-        .filter(|(server, key_id, _)| servers.contains(server) && key_id.starts_with(ALGORITHM))
+        .filter(|(server, key_id, _)| servers.contains(server) && is_server_key(key_id))
         .map(|(server, key_id, _)| (server.clone(), key_id.clone()))
         .collect()
 }
@@ -165,7 +170,7 @@ fn claims(pdu: &Pdu, keys: &dyn Keys) -> Result<Vec<Claim>, SignatureError> {
         let before = claims.len();
         let mut signed = false;
         for (_, key_id, text) in pdu.signatures.iter().filter(|(by, ..)| *by == server) {
-            if !key_id.starts_with(ALGORITHM) {
+            if !is_server_key(key_id) {
                 continue;
             }
             signed = true;
@@ -193,6 +198,19 @@ fn claims(pdu: &Pdu, keys: &dyn Keys) -> Result<Vec<Claim>, SignatureError> {
         }
     }
     Ok(claims)
+}
+
+/// A policy server's own events bear two signatures in its name.
+fn is_server_key(key_id: &str) -> bool {
+    key_id.starts_with(ALGORITHM) && key_id != POLICY_KEY_ID
+}
+
+/// Whether an event bears a right signature of this server with this very key.
+pub fn is_signed_by(pdu: &Pdu, server: &ServerName, key_id: &str, key: &VerifyKey) -> bool {
+    let mut signatures = pdu.signatures.iter();
+    let found = signatures.find(|(by, id, _)| by == server && id == key_id);
+    let signature = found.and_then(|(.., text)| decode(text));
+    signature.is_some_and(|signature| key.verify(pdu.signing_bytes().as_bytes(), &signature))
 }
 
 fn decode(signature: &str) -> Option<[u8; 64]> {

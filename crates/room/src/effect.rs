@@ -169,6 +169,8 @@ pub enum Ask {
         event: Arc<str>,
         stripped_state: Vec<Arc<str>>,
     },
+    /// `POST /_matrix/policy/v1/sign`.
+    PolicySign { event: Arc<str> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,6 +199,10 @@ pub enum Answer {
     },
     /// The end of a /state body; its PDUs came as parts.
     State,
+    /// The signatures of a policy server: by server, then by key id.
+    PolicySigned {
+        signatures: serde_json::Map<String, serde_json::Value>,
+    },
     /// The PDUs of event, event_auth, get_missing_events or backfill.
     Pdus(Vec<RawPdu>),
     /// The invite with the invitee's server's signature added.

@@ -14,21 +14,33 @@ use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 use protocol::state_resolution;
+use serde_json::{Map, Value};
 
 use crate::effect::{
-    Child, EventSet, Found, Head, Known, Load, Loaded, ReadyEvent, StateAt, StateKey, StoredEvent,
-    StoredOutOfBand, Ticket,
+    Answer, Ask, AskError, Child, EventSet, Found, Head, Known, Load, Loaded, ReadyEvent, StateAt,
+    StateKey, StoredEvent, StoredOutOfBand, Ticket,
 };
 use crate::outbox::Outbox;
+use crate::policy;
 
-/// The loads without which a decision can not go on.
+/// That without which a decision can not go on.
 #[derive(Debug)]
-pub(crate) struct Lacking(Vec<Load>);
+pub(crate) struct Lacking(Vec<Lack>);
+
+#[derive(Debug)]
+enum Lack {
+    Load(Load),
+    /// What a policy server says of an event.
+    Word(ServerName, Arc<Pdu>),
+}
+
+/// The signatures that a policy server gave, or why it gave none.
+type Word = Result<Map<String, Value>, AskError>;
 
 pub(crate) type Got<T> = Result<T, Lacking>;
 
 fn lacking<T>(load: Load) -> Got<T> {
-    Err(Lacking(vec![load]))
+    Err(Lacking(vec![Lack::Load(load)]))
 }
 
 /// Both, or everything that either of them lacks, so that it is loaded at once.
@@ -47,6 +59,9 @@ pub(crate) fn both<A, B>(a: Got<A>, b: Got<B>) -> Got<(A, B)> {
 pub(crate) struct Facts {
     pub room: RoomId,
     waiting: BTreeMap<Ticket, Load>,
+    asking: BTreeMap<Ticket, EventId>,
+    /// Of policy servers.
+    words: BTreeMap<EventId, Word>,
     head: Option<Option<Arc<Head>>>,
     known: BTreeMap<EventId, Option<Known>>,
     found: BTreeMap<EventId, Option<Found>>,
@@ -81,6 +96,8 @@ impl Facts {
         Self {
             room,
             waiting: BTreeMap::new(),
+            asking: BTreeMap::new(),
+            words: BTreeMap::new(),
             head: None,
             known: BTreeMap::new(),
             found: BTreeMap::new(),
@@ -101,14 +118,17 @@ impl Facts {
         }
     }
 
-    /// Forgets all that another commit may have changed. Numbers are for ever.
+    /// Forgets all that another commit may have changed. Numbers are for ever, and so is what was said of an
+    /// event.
     pub fn forget(&mut self) {
         let room = self.room.clone();
         let nids = std::mem::take(&mut self.nids);
         let keys = std::mem::take(&mut self.keys);
+        let words = std::mem::take(&mut self.words);
         *self = Self {
             nids,
             keys,
+            words,
             ..Self::new(room)
         };
     }
@@ -117,14 +137,23 @@ impl Facts {
 
     /// Asks for what is lacking.
     pub fn request(&mut self, lacking: Lacking, out: &mut Outbox) {
-        for load in lacking.0 {
-            let ticket = out.load(&self.room, load.clone());
-            self.waiting.insert(ticket, load);
+        for lack in lacking.0 {
+            match lack {
+                Lack::Load(load) => {
+                    let ticket = out.load(&self.room, load.clone());
+                    self.waiting.insert(ticket, load);
+                }
+                Lack::Word(server, pdu) => {
+                    let event = pdu.json.clone();
+                    let ticket = out.ask(&server, Ask::PolicySign { event }, policy::TIMEOUT);
+                    self.asking.insert(ticket, pdu.event_id.clone());
+                }
+            }
         }
     }
 
     pub fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.waiting.is_empty() || !self.asking.is_empty()
     }
 
     /// Takes a reply. `true` when it was awaited and nothing else is, so that it is time to think again.
@@ -133,7 +162,31 @@ impl Facts {
             return false;
         };
         self.learn(load, loaded);
-        self.waiting.is_empty()
+        !self.is_waiting()
+    }
+
+    /// As [`Self::hear`], for what a server was asked.
+    pub fn hear_answer(&mut self, ticket: Ticket, answer: Result<Answer, AskError>) -> bool {
+        let Some(event) = self.asking.remove(&ticket) else {
+            return false;
+        };
+        let word = match answer {
+            Ok(Answer::PolicySigned { signatures }) => Ok(signatures),
+            Ok(_) => Err(AskError::Unreachable {
+                reason: "an answer of another kind".to_owned(),
+            }),
+            Err(error) => Err(error),
+        };
+        self.words.insert(event, word);
+        !self.is_waiting()
+    }
+
+    /// What the policy server says of an event.
+    pub fn word_of(&self, server: &ServerName, pdu: &Arc<Pdu>) -> Got<&Word> {
+        match self.words.get(&pdu.event_id) {
+            Some(word) => Ok(word),
+            None => Err(Lacking(vec![Lack::Word(server.clone(), pdu.clone())])),
+        }
     }
 
     fn learn(&mut self, load: Load, loaded: Loaded) {

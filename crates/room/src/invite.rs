@@ -179,6 +179,12 @@ impl Machine for Invite {
                     false => State::Composing(facts, now),
                 }
             }
+            (State::Composing(mut facts, now), Input::Answered { ticket, answer, .. }) => {
+                match facts.hear_answer(ticket, answer) {
+                    true => self.compose(facts, now),
+                    false => State::Composing(facts, now),
+                }
+            }
             (State::Asking(t, pdu), Input::Answered { ticket, answer, .. }) if t == ticket => {
                 self.on_answer(pdu, answer)
             }

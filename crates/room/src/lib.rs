@@ -12,6 +12,7 @@ mod fetch;
 mod judge;
 mod out_of_band;
 mod outbox;
+mod policy;
 mod sift;
 mod thinking;
 mod view;

@@ -19,6 +19,7 @@ use crate::facts::{Facts, Got, auth_keys, both};
 use crate::fetch::{Fetch, Fetched, Unfetched};
 use crate::out_of_band;
 use crate::outbox::Outbox;
+use crate::policy;
 use crate::sift;
 use crate::template::Own;
 use crate::view::{Placed, View, split_prevs};
@@ -234,6 +235,12 @@ impl Receive {
                 true => return self.judge(s, now),
                 false => Wait::Facts,
             },
+            (Wait::Facts, Input::Answered { ticket, answer, .. }) => {
+                match s.facts.hear_answer(ticket, answer) {
+                    true => return self.judge(s, now),
+                    false => Wait::Facts,
+                }
+            }
             (Wait::Missing(t, donor), Input::Answered { ticket, answer, .. }) if t == ticket => {
                 if matches!(answer, Err(AskError::Unreachable { .. })) {
                     s.silent.push(donor);
@@ -426,7 +433,7 @@ impl Judging {
         Ok(Judgement::AskMissing(donor, ask))
     }
 
-    /// Checks 4 to 6, and the event's place.
+    /// Checks 4 to 7, and the event's place.
     fn judge_here(
         &mut self,
         (own, origin): (&Own, &ServerName),
@@ -437,6 +444,7 @@ impl Judging {
         let pdu = self.item.pdu.clone();
         let own_key = pdu.state_key.clone().map(|key| (pdu.kind.clone(), key));
         let keys = auth_keys(&pdu).into_iter().chain(own_key);
+        let keys = keys.chain([policy::key()]);
         let ids = [pdu.event_id.clone()];
         let numbered = self.facts.number(head.version, ids, keys);
         let (auth, ()) = both(self.facts.auth_of(&pdu), numbered)?;
@@ -477,6 +485,13 @@ impl Judging {
             && let Err(reason) = self.facts.check_against(&pdu, &head.state)?
         {
             verdict = Verdict::SoftFailed(reason);
+        }
+        // Check 7. The event is stored with the signature that was asked for.
+        if verdict == Verdict::Accepted {
+            match policy::vet(&self.facts, own, head, &pdu)? {
+                Ok(vetted) => self.item.pdu = vetted,
+                Err(refusal) => verdict = Verdict::SoftFailed(refusal.to_string()),
+            }
         }
         self.place(head, before, partial, verdict)
     }

@@ -22,6 +22,7 @@ use crate::effect::{
 };
 use crate::facts::{Facts, Got, auth_keys, both};
 use crate::outbox::Outbox;
+use crate::policy;
 use crate::refusal::Refusal;
 use crate::restricted::{self, AllowedRooms, Standing};
 use crate::sift;
@@ -656,14 +657,19 @@ impl Decide for Accepting {
             };
             return Ok(Decision::Done(Err(lacks)));
         }
-        let placed = match self.place(facts, &head, &known)? {
+        let mut placed = match self.place(facts, &head, &known)? {
             Ok(placed) => placed,
             Err(refusal) => return Ok(Decision::Done(Err(refusal.into()))),
         };
+        // what would be soft-failed is refused, as by R-29a, so that nobody believes to be in.
+        match policy::vet(facts, &self.own, &head, &placed.pdu)? {
+            Ok(vetted) => placed.pdu = vetted,
+            Err(refusal) => return Ok(Decision::Done(Err(refusal.into()))),
+        }
         let mut view = View::of(&head);
         view.add(facts, &placed)?;
         let accepted = Accepted {
-            event: self.pdu.clone(),
+            event: placed.pdu.clone(),
             version: head.version,
             state_before: placed.state.before.clone(),
             servers_before,
@@ -710,7 +716,11 @@ impl Accepting {
         let keys = auth_keys(pdu).into_iter();
         let own_key = pdu.state_key.clone().map(|key| (pdu.kind.clone(), key));
         let ids = [pdu.event_id.clone()];
-        let numbered = facts.number(head.version, ids, keys.chain(own_key).chain([create_key()]));
+        let numbered = facts.number(
+            head.version,
+            ids,
+            keys.chain(own_key).chain([create_key(), policy::key()]),
+        );
         let ((), auth) = both(numbered, facts.find(&pdu.auth_events))?;
         let Some(auth) = auth.into_iter().collect::<Option<Vec<_>>>() else {
             return Ok(Err(Refusal::forbidden(

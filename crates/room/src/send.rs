@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 
 use crate::effect::{Effect, Head, Input, Machine, Now, PartialMarker, StateKey};
 use crate::facts::{Facts, Got, both};
+use crate::policy;
 use crate::refusal::Refusal;
 use crate::restricted::{self, AllowedRooms, Standing};
 use crate::template::{AUTHORISED_BY, Own};
@@ -342,7 +343,8 @@ impl Sending {
         let mut prev_events = progress.view.references(facts, &prevs)?;
         let mut depth = prevs.iter().map(|p| p.depth).max().unwrap_or(0);
         let own_key = state_key(draft);
-        facts.number(version, [], own_key.iter().chain([&create_key()]).cloned())?;
+        let keys = [create_key(), policy::key()];
+        facts.number(version, [], own_key.iter().chain(&keys).cloned())?;
         if let Some(invite) = own_invite(facts, &before, draft, &self.own)? {
             depth = depth.max(invite.depth);
             prev_events.push((&*invite).into());
@@ -374,6 +376,14 @@ impl Sending {
                 false => Refusal::forbidden(reason).into(),
             }));
         }
+        let vetted = match &progress.head {
+            Some(head) => policy::vet(facts, &self.own, head, &pdu)?,
+            None => Ok(pdu),
+        };
+        let pdu = match vetted {
+            Ok(pdu) => pdu,
+            Err(refusal) => return Ok(Err(refusal.into())),
+        };
         let previous = facts.state_events(&before, own_key.as_slice())?;
         let was = previous.into_values().next().map(|(_, pdu)| pdu);
         Ok(Ok(Composed::New(Composition {

@@ -104,6 +104,11 @@ impl<D: Decide> Thinking<D> {
             }
         };
         match (self.committing.take(), input) {
+            (None, Input::Answered { ticket, answer, .. }) => {
+                if self.facts.hear_answer(ticket, answer) {
+                    self.think(out);
+                }
+            }
             (None, Input::Loaded { ticket, loaded }) => {
                 let open = self.outcome.is_none() && self.proving.is_none();
                 if open && self.facts.hear(ticket, loaded) {

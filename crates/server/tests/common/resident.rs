@@ -13,7 +13,7 @@ use federation::{Body, Call, Client};
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
-use protocol::signature::{Keys, SigningKey, VerifyKey, verify_pdu};
+use protocol::signature::{Keys, POLICY_KEY_ID, SigningKey, VerifyKey, verify_pdu};
 use room::effect::{Answer, Ask, AskError, Handshake};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -149,6 +149,7 @@ impl Resident {
             .route(&v1("/get_missing_events/{room}"), post(missing_events))
             .route(&v1("/backfill/{room}"), get(backfill))
             .route(&v1("/send/{txn}"), put(transaction))
+            .route("/_matrix/policy/v1/sign", post(policy_sign))
             .route(&v1("/user/devices/{user}"), get(user_devices))
             .route(&v1("/user/keys/query"), post(keys_query))
             .fallback(unexpected)
@@ -170,6 +171,17 @@ impl Resident {
 
     pub fn key(&self) -> &SigningKey {
         &self.key
+    }
+
+    /// What it signs with as a policy server.
+    pub fn policy_key(&self) -> SigningKey {
+        SigningKey::generate([42; 32], "policy_server").unwrap()
+    }
+
+    /// The event with its word as a policy server.
+    pub fn policy_signed(&self, pdu: &Pdu) -> Arc<Pdu> {
+        let signed = protocol::build::cosign(pdu, &self.policy_key(), &self.name);
+        Arc::new(signed.unwrap())
     }
 
     pub fn next_number(&self) -> u64 {
@@ -305,7 +317,7 @@ impl Resident {
         self.rooms.lock().unwrap().remove(&room.id);
     }
 
-    /// `make_join` or `send_join` gets this answer, whatever it asks.
+    /// `make_join`, `send_join` or `sign` gets this answer, whatever it asks.
     pub fn answer(&self, endpoint: &str, status: u16, body: Value) {
         let mut script = self.script.lock().unwrap();
         script.answers.insert(endpoint.to_owned(), (status, body));
@@ -887,6 +899,21 @@ async fn transaction(State(here): Here, Json(body): Json<Value>) -> Reply {
         }
     }
     Ok(Json(json!({ "pdus": results })))
+}
+
+async fn policy_sign(State(here): Here, body: String) -> Reply {
+    let pdu = Pdu::parse(&body, here.version_of(&body)).unwrap();
+    here.note(format!("sign {}", pdu.event_id));
+    if let Some(scripted) = here.scripted("sign") {
+        return scripted;
+    }
+    let signed = here.policy_signed(&pdu);
+    let mut signatures = signed.signatures.iter();
+    let word = signatures.find(|(by, id, _)| *by == here.name && id == POLICY_KEY_ID);
+    let (_, _, signature) = word.unwrap();
+    Ok(Json(
+        json!({ here.name.as_str(): { POLICY_KEY_ID: signature } }),
+    ))
 }
 
 /// Nobody checks these, so nothing is signed.

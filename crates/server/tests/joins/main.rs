@@ -28,7 +28,7 @@
 //! | 51 | unknown endpoints, our keys | [`served`] |
 //! | 52 | summaries and hierarchies; unwanted invites | [`beside`], [`invites`] |
 //!
-//! More of 1, 2 and 31 with a real Synapse: `tests/interop`. What happens while a room is partial: `tests/partial`.
+//! Policy servers are in [`policy`]. More of 1, 2 and 31 with a real Synapse: `tests/interop`. What happens while a room is partial: `tests/partial`.
 
 mod beside;
 #[path = "../common/dag.rs"]
@@ -40,6 +40,7 @@ mod invites;
 mod knocking;
 #[path = "../common/network.rs"]
 mod network;
+mod policy;
 mod receiving;
 #[path = "../common/resident.rs"]
 #[expect(dead_code, reason = "each test target uses a part of it")]
