@@ -150,6 +150,7 @@ impl Resident {
             .route(&v1("/backfill/{room}"), get(backfill))
             .route(&v1("/send/{txn}"), put(transaction))
             .route("/_matrix/policy/v1/sign", post(policy_sign))
+            .route("/_matrix/federation/v2/invite/{room}/{event}", put(invite))
             .route(&v1("/user/devices/{user}"), get(user_devices))
             .route(&v1("/user/keys/query"), post(keys_query))
             .fallback(unexpected)
@@ -317,7 +318,7 @@ impl Resident {
         self.rooms.lock().unwrap().remove(&room.id);
     }
 
-    /// `make_join`, `send_join` or `sign` gets this answer, whatever it asks.
+    /// `make_join`, `send_join`, `invite` or `sign` gets this answer, whatever it asks.
     pub fn answer(&self, endpoint: &str, status: u16, body: Value) {
         let mut script = self.script.lock().unwrap();
         script.answers.insert(endpoint.to_owned(), (status, body));
@@ -899,6 +900,13 @@ async fn transaction(State(here): Here, Json(body): Json<Value>) -> Reply {
         }
     }
     Ok(Json(json!({ "pdus": results })))
+}
+
+async fn invite(State(here): Here) -> Reply {
+    match here.scripted("invite") {
+        Some(scripted) => scripted,
+        None => Err(here.fault("an invite".to_owned())),
+    }
 }
 
 async fn policy_sign(State(here): Here, body: String) -> Reply {

@@ -79,6 +79,7 @@ async fn u_32_an_invite_to_a_room_that_the_server_is_in_is_taken_or_refused() {
     until_member(&alice, &room, &dora.id, "leave").await;
 }
 
+/// the kick is sent to a server that nobody in the room is of.
 #[tokio::test]
 async fn u_32_who_invited_takes_the_invite_back() {
     let (a, b) = pair().await;
@@ -152,6 +153,7 @@ async fn u_33_an_invite_after_a_ban_was_lifted() {
     until_member(&bob, &room, &alice.id, "join").await;
 }
 
+///
 #[tokio::test]
 async fn u_44_an_invitee_is_shown_when_the_room_was_created() {
     let (a, b) = pair().await;
@@ -261,6 +263,30 @@ async fn r_62_an_invite_that_is_not_right_is_not_signed() {
     // R-32b: what was refused did not spoil the good one.
     send_invite(&stage, room, &good, json!([])).await.unwrap();
     until_invited(&alice, room.id.as_str()).await;
+}
+
+#[tokio::test]
+async fn r_64_an_invite_that_is_not_taken_is_not_sent_to_the_room() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let room = alice.public_room().await;
+    let guest = stage.resident.user("guest");
+    let path = format!("/rooms/{room}/invite");
+    for (status, errcode, expected) in [
+        (403, "M_FORBIDDEN", (403, "M_FORBIDDEN")),
+        (403, "M_INVITE_BLOCKED", (403, "M_INVITE_BLOCKED")),
+        (404, "M_UNRECOGNIZED", (400, "M_UNSUPPORTED_ROOM_VERSION")),
+        (400, "M_MISSING_PARAM", (502, "M_UNKNOWN")),
+        (400, "M_INVALID_PARAM", (502, "M_UNKNOWN")),
+    ] {
+        let body = json!({ "errcode": errcode, "error": "no" });
+        stage.resident.answer("invite", status, body);
+        let invite = json!({ "user_id": guest });
+        let (status, got) = alice.refused("POST", &path, invite).await;
+        assert_eq!((status, &*got), expected, "{errcode}");
+        let member = crate::ways::state_path(&room, "m.room.member", &guest);
+        assert_eq!(alice.refused("GET", &member, Value::Null).await.0, 404);
+    }
 }
 
 const FILTER: &str = "org.matrix.msc4155.invite_permission_config";

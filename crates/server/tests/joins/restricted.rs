@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use protocol::room_version::RoomVersion;
+use room::effect::AskError;
 use serde_json::{Value, json};
 
 use crate::network::Network;
+use crate::stage::Stage;
 use crate::ways::{
-    content, forbidden, invite, join_refused, pair, put_out, set, state_path, until_member,
+    content, forbidden, invite, join_refused, pair, put_out, refusal, set, state_path, until_member,
 };
 use crate::world::{Server, User, list, start};
 
@@ -45,7 +48,7 @@ async fn levels(user: &User, room: &str, invite: i64, users: &[(&User, i64)]) {
     set(user, room, "m.room.power_levels", "", levels).await;
 }
 
-/// The life of a room that is restricted, as bob sees it.
+/// The life of a room that is restricted, as bob sees it.
 async fn check(alice: &User, bob: &User, version: &str, rule: &str) {
     let (allowed, room) = rooms(alice, version, rule).await;
     assert_eq!(join_refused(bob, &room, "a.test").await, forbidden());
@@ -157,7 +160,7 @@ async fn u_16_another_server_is_asked_where_one_may_knock() {
     check_remote_join("10", "knock_restricted").await;
 }
 
-/// hs2 can not let charlie in, or can not tell whether it should: hs1 does.
+/// b.test can not let charlie in, or can not tell whether it should: a.test does.
 async fn check_fail_over(version: &str, rule: &str) {
     let network = Arc::<Network>::default();
     let [a, b, c] = [
@@ -247,6 +250,138 @@ async fn u_17_a_local_moderator_lets_in_where_one_may_knock() {
     for version in ["11", "12"] {
         check_local_moderator(version, "knock_restricted").await;
     }
+}
+
+/// A room that lets in the members of another one, and who asks to be let in by the two requests alone.
+struct ByHand {
+    stage: Stage,
+    alice: User,
+    allowed: String,
+    room: String,
+    charlie: String,
+}
+
+impl ByHand {
+    async fn set() -> Self {
+        let stage = Stage::set().await;
+        stage.resident.serve_full_joins();
+        let alice = stage.here.register("alice").await;
+        let (allowed, room) = rooms(&alice, "11", "restricted").await;
+        let charlie = stage.resident.user("charlie");
+        Self {
+            stage,
+            alice,
+            allowed,
+            room,
+            charlie,
+        }
+    }
+
+    async fn make(&self) -> Result<Value, AskError> {
+        let path = format!(
+            "/_matrix/federation/v1/make_join/{}/{}?ver=11",
+            self.room, self.charlie
+        );
+        let here = &self.stage.here.name;
+        self.stage.resident.get(here, &path).await
+    }
+
+    async fn send(&self, template: &Value) -> Result<Value, AskError> {
+        let join = template.to_string();
+        let join = self.stage.resident.sign(&join, RoomVersion::V11);
+        let path = format!(
+            "/_matrix/federation/v2/send_join/{}/{}",
+            self.room, join.event_id
+        );
+        let body = serde_json::from_str(&join.json).unwrap();
+        let here = &self.stage.here.name;
+        self.stage.resident.put(here, path, body).await
+    }
+}
+
+#[tokio::test]
+async fn r_28_a_join_is_let_in_at_the_moment_when_it_comes() {
+    let by_hand = ByHand::set().await;
+    let (resident, here) = (&by_hand.stage.resident, &by_hand.stage.here.name);
+    // all allowed rooms are known here.
+    assert_eq!(refusal(by_hand.make().await), forbidden());
+    resident
+        .join(here, &by_hand.allowed, &by_hand.charlie)
+        .await;
+    let template = by_hand.make().await.unwrap()["event"].clone();
+    assert_eq!(
+        template["content"][AUTHORISED_BY],
+        by_hand.alice.id.as_str()
+    );
+
+    //
+    let mut elsewhere = template.clone();
+    elsewhere["content"][AUTHORISED_BY] = json!("@somebody:elsewhere.test");
+    assert_eq!(refusal(by_hand.send(&elsewhere).await).0, 400);
+
+    // He is put out of the allowed room meanwhile.
+    put_out(&by_hand.alice, "kick", &by_hand.allowed, &by_hand.charlie).await;
+    assert_eq!(refusal(by_hand.send(&template).await), forbidden());
+    let kicked = resident.pdu("the kick", |pdu| pdu.is("m.room.member", &by_hand.charlie));
+    assert_eq!(kicked.await.membership(), Some("leave"));
+
+    // And comes back.: we vouch for him by our signature.
+    resident
+        .join(here, &by_hand.allowed, &by_hand.charlie)
+        .await;
+    let answer = by_hand.send(&template).await.unwrap();
+    let signatures = &answer["event"]["signatures"];
+    assert!(signatures["here.test"].is_object(), "{signatures}");
+    assert!(signatures["resident.test"].is_object(), "{signatures}");
+
+    // who is in needs nobody.
+    let again = by_hand.make().await.unwrap()["event"].clone();
+    assert!(again["content"].get(AUTHORISED_BY).is_none(), "{again}");
+}
+
+#[tokio::test]
+async fn r_48_when_the_last_who_could_invite_is_gone_nobody_grants_a_join() {
+    let by_hand = ByHand::set().await;
+    let (resident, here) = (&by_hand.stage.resident, &by_hand.stage.here.name);
+    let bob = by_hand.stage.here.register("bob").await;
+    bob.join(&by_hand.allowed, "here.test").await;
+    bob.join(&by_hand.room, "here.test").await;
+    resident
+        .join(here, &by_hand.allowed, &by_hand.charlie)
+        .await;
+    let granted = by_hand.make().await.unwrap();
+    by_hand.alice.leave(&by_hand.room).await;
+    let unable = (400, "M_UNABLE_TO_GRANT_JOIN".to_owned());
+    assert_eq!(refusal(by_hand.make().await), unable);
+    assert_eq!(refusal(by_hand.send(&granted["event"]).await), unable);
+}
+
+#[tokio::test]
+async fn r_46_who_is_in_a_partial_room_can_not_be_told() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    stage.join(&alice).await;
+    let rules = json!({
+        "type": "m.room.join_rules",
+        "state_key": "",
+        "content": rules("restricted", stage.room.id.as_str()),
+    });
+    let request = json!({ "preset": "public_chat", "initial_state": [rules] });
+    let room = alice.create_room(request).await;
+    let ask = async |user: &str| {
+        let user = stage.resident.user(user);
+        let path = format!("/_matrix/federation/v1/make_join/{room}/{user}?ver=11");
+        stage.resident.get(&stage.here.name, &path).await
+    };
+    let unable = (400, "M_UNABLE_TO_AUTHORISE_JOIN".to_owned());
+    for user in ["derek", "nobody"] {
+        assert_eq!(refusal(ask(user).await), unable, "{user}");
+    }
+    stage.release();
+    stage.until_full(&alice).await;
+    ask("derek").await.unwrap();
+    assert_eq!(refusal(ask("nobody").await), forbidden());
+    stage.end(&alice).await;
 }
 
 /// A space that everybody may look into, and its child, which lets in the members of the space.

@@ -13,7 +13,7 @@ use crate::dag::{New, Room, member, message};
 use crate::resident::Resident;
 use crate::stage::{Stage, plain};
 use crate::ways::{forbidden, put_out, refusal, set, state_path, until_member};
-use crate::world::{Server, User, list};
+use crate::world::{Server, User, list, until};
 
 type Answer = Result<Value, AskError>;
 
@@ -88,6 +88,7 @@ impl Door {
     }
 }
 
+///
 #[tokio::test]
 async fn u_07_who_is_banned_can_not_come_in_by_the_template_of_another() {
     let door = Door::public("11").await;
@@ -143,6 +144,7 @@ async fn u_08_nothing_but_a_join_comes_by_send_join() {
     check_kind("v2/send_join", "join", "12").await;
 }
 
+///
 #[tokio::test]
 async fn u_09_nothing_but_a_leave_comes_by_send_leave() {
     check_kind("v1/send_leave", "leave", "11").await;
@@ -167,6 +169,7 @@ fn kinds(events: &Value) -> Vec<String> {
     kinds
 }
 
+///
 #[tokio::test]
 async fn u_10_a_partial_answer_holds_just_what_it_should() {
     let door = Door::public("11").await;
@@ -235,6 +238,7 @@ async fn u_10_a_partial_answer_holds_just_what_it_should() {
     }
 }
 
+/// an empty name is one.
 #[tokio::test]
 async fn r_50_a_name_takes_the_place_of_the_heroes() {
     let door = Door::public("11").await;
@@ -334,6 +338,7 @@ async fn u_26_missing_events_are_given_as_far_as_they_may_be_seen() {
     }
 }
 
+///
 #[tokio::test]
 async fn u_45_what_a_resident_says_to_make_join_and_make_leave() {
     let door = Door::public("11").await;
@@ -432,6 +437,7 @@ async fn u_45_a_refused_leave_does_not_spoil_the_good_one() {
     assert_eq!(door.membership(&door.charlie).await.unwrap(), "leave");
 }
 
+/// R-29a: by the state that the join names nothing has changed.
 #[tokio::test]
 async fn r_29_what_changed_after_make_join_counts() {
     for change in ["ban", "invite only"] {
@@ -462,6 +468,7 @@ async fn r_15_a_template_leaves_nothing_behind() {
     assert_eq!(door.membership(&door.charlie).await, None);
 }
 
+///
 #[tokio::test]
 async fn r_22_who_is_shut_out_hears_so_everywhere() {
     let door = Door::public("11").await;
@@ -544,6 +551,119 @@ async fn r_07_a_flood_of_joins_is_slowed_down() {
 }
 
 #[tokio::test]
+async fn r_14_a_template_names_no_more_events_than_it_may() {
+    let door = Door::public("11").await;
+    let dora = Resident::start(&door.stage.network, "other.test");
+    let here = &door.stage.here.name;
+    let user = dora.user("dora");
+    let (room, join) = dora.join(here, &door.room, &user).await;
+    let branches: Vec<_> = (0..25)
+        .map(|n| message(&user, &n.to_string()).after(&[&join]))
+        .map(|branch| room.make(&dora, branch))
+        .collect();
+    dora.send(here, &branches.iter().collect::<Vec<_>>(), &[])
+        .await;
+    for branch in &branches {
+        until("a branch", async || {
+            door.alice.can_see(branch).await.then_some(())
+        })
+        .await;
+    }
+    let made = door.make("join", &door.charlie, "11").await.unwrap();
+    let prev_events = list(&made["event"]["prev_events"]);
+    assert_eq!(prev_events.len(), 20);
+    assert!(list(&made["event"]["auth_events"]).len() <= 10);
+    let join = door
+        .resident()
+        .sign(&made["event"].to_string(), RoomVersion::V11);
+    door.send("v2/send_join", &join).await.unwrap();
+    // the other branches are tied in.
+    door.resident().pdu("a tie", |_| true).await;
+}
+
+#[tokio::test]
+async fn r_19_a_room_that_is_not_known_comes_before_what_is_wrong_with_the_event() {
+    let door = Door::public("11").await;
+    let (room, _) = door.join().await;
+    let said = room.make(door.resident(), message(&door.charlie, "no join"));
+    let mut event: Value = serde_json::from_str(&said.json).unwrap();
+    event["room_id"] = json!("!unheard:of.test");
+    for endpoint in [
+        "v1/send_join",
+        "v2/send_join",
+        "v2/send_leave",
+        "v1/send_knock",
+    ] {
+        let path = format!("/_matrix/federation/{endpoint}/!unheard:of.test/$any");
+        let here = &door.stage.here.name;
+        let sent = door.resident().put(here, path, event.clone()).await;
+        assert_eq!(refusal(sent), (404, "M_NOT_FOUND".to_owned()), "{endpoint}");
+    }
+}
+
+#[tokio::test]
+async fn r_32_a_flood_of_signed_joins_is_slowed_down() {
+    let network = Arc::default();
+    let here = Server::start(&network, "here.test", |config| {
+        plain(config);
+        config.limits.enabled = true;
+    })
+    .await;
+    let resident = Resident::start(&network, "resident.test");
+    let alice = here.register("alice").await;
+    let room = alice.public_room().await;
+    let path = format!("/_matrix/federation/v2/send_join/{room}/$any");
+    for _ in 0..1000 {
+        let sent = resident.put(&here.name, path.clone(), json!({ "room_id": room }));
+        match refusal(sent.await) {
+            (400, _) => {}
+            refused => {
+                assert_eq!(refused, (429, "M_LIMIT_EXCEEDED".to_owned()));
+                return;
+            }
+        }
+    }
+    panic!("a thousand joins at once are let through");
+}
+
+#[tokio::test]
+async fn r_33_a_join_need_not_say_where_it_comes_from() {
+    let door = Door::public("11").await;
+    let join = door
+        .template("join", |event| {
+            event.as_object_mut().unwrap().remove("origin");
+        })
+        .await;
+    assert!(!join.json.contains("\"origin\""), "{}", join.json);
+    door.send("v2/send_join", &join).await.unwrap();
+    assert_eq!(door.membership(&door.charlie).await.unwrap(), "join");
+}
+
+#[tokio::test]
+async fn r_49_a_server_that_was_in_before_is_among_the_servers() {
+    let door = Door::public("11").await;
+    door.join().await;
+    let other = door.resident().user("chris");
+    let made = door.make("join", &other, "11").await.unwrap();
+    let join = door
+        .resident()
+        .sign(&made["event"].to_string(), RoomVersion::V11);
+    let path = format!(
+        "/_matrix/federation/v2/send_join/{}/{}?omit_members=true",
+        door.room, join.event_id
+    );
+    let body = serde_json::from_str(&join.json).unwrap();
+    let answer = door.resident().put(&door.stage.here.name, path, body);
+    let answer = answer.await.unwrap();
+    let mut servers: Vec<&str> = list(&answer["servers_in_room"])
+        .iter()
+        .map(|server| server.as_str().unwrap())
+        .collect();
+    servers.sort_unstable();
+    assert_eq!(servers, ["here.test", "resident.test"]);
+}
+
+#[tokio::test]
 async fn r_37_a_join_is_sent_to_the_others_in_the_room_and_not_back() {
     let door = Door::public("11").await;
     let other = Resident::start(&door.stage.network, "other.test");
@@ -619,6 +739,7 @@ async fn r_30_a_join_that_comes_after_what_nobody_has_is_not_taken() {
     assert_eq!(door.membership(&door.charlie).await, None);
 }
 
+///
 #[tokio::test]
 async fn r_60_a_knocker_is_shown_the_room() {
     let door = Door::open(json!({
@@ -656,6 +777,7 @@ async fn r_60_a_knocker_is_shown_the_room() {
     assert_eq!(refused, forbidden());
 }
 
+///
 #[tokio::test]
 async fn u_51_an_endpoint_that_is_not_there_and_a_method_that_it_has_not() {
     let door = Door::public("11").await;
