@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::cache::Cached;
+use crate::Executor;
+use crate::cache::{Cached, Caches};
 use protocol::id::{EventId, RoomAlias, RoomId, ServerName, UserId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 
@@ -419,6 +420,11 @@ pub(crate) trait Job: Send {
 pub(crate) trait Engine: Send + Sync {
     fn submit_read(&self, job: Box<dyn Job>);
     fn submit_write(&self, job: Box<dyn Job>);
+
+    /// The same database for another life of its process; `None` where the engine's threads go on.
+    fn after_crash(&self, _caches: &Arc<Caches>, _executor: Executor) -> Option<Box<dyn Engine>> {
+        None
+    }
 }
 
 /// Runs a job's closure so that a panic is an error like others.

@@ -58,12 +58,34 @@ pub use crate::sequence::Sequence;
 /// Closures waiting or running at a time; beyond that, callers wait. Bounds what a burst can pile up.
 const QUEUE_MAX: usize = 4096;
 
+/// What a store wants run: one closure in its transaction, and the reply.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// Runs the closures of a store in place of its threads, when and where it likes. For simulations, into which
+/// threads would bring chance; work that is never run is what a crash leaves undone.
+#[derive(Clone)]
+pub struct Executor(Arc<dyn Fn(Work) + Send + Sync>);
+
+impl Executor {
+    pub fn new(run: impl Fn(Work) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(run))
+    }
+}
+
+impl std::fmt::Debug for Executor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Executor")
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Threads that read.
     pub readers: usize,
     /// Connections that write. SQLite has always one.
     pub writers: usize,
+    /// Who runs closures on the one connection of a SQLite database; `None`: threads of the store's own.
+    pub executor: Option<Executor>,
     /// Our own name: whose users are local, and who is never a destination.
     pub server_name: ServerName,
     pub cache: CacheBytes,
@@ -74,6 +96,7 @@ impl Default for Options {
         Self {
             readers: 4,
             writers: 4,
+            executor: None,
             server_name: ServerName::parse("localhost").expect("a valid name"),
             cache: CacheBytes::default(),
         }
@@ -101,21 +124,40 @@ impl Store {
         let caches = Arc::new(Caches::new(&options.cache));
         let kept = Arc::clone(&caches);
         let server_name = options.server_name.clone();
+        let runs_elsewhere = options.executor.is_some();
         let opening = move || open_engine(&owned, &options, &caches);
-        let (engine, dialect) = tokio::task::spawn_blocking(opening)
-            .await
-            .map_err(Error::engine)??;
-        let store = Self {
+        let (engine, dialect) = match runs_elsewhere {
+            true => opening()?,
+            false => tokio::task::spawn_blocking(opening)
+                .await
+                .map_err(Error::engine)??,
+        };
+        let store = Self::around(engine, kept, server_name);
+        store.write(move |c| migrations::run(c, dialect)).await?;
+        Ok(store)
+    }
+
+    fn around(engine: Box<dyn Engine>, caches: Arc<Caches>, server_name: ServerName) -> Self {
+        Self {
             inner: Arc::new(Inner {
                 engine,
                 queue: Arc::new(Semaphore::new(QUEUE_MAX)),
                 sequences: sequence::Sequences::default(),
-                caches: kept,
+                caches,
                 server_name,
             }),
-        };
-        store.write(move |c| migrations::run(c, dialect)).await?;
-        Ok(store)
+        }
+    }
+
+    /// The database of a store with an executor, as a process finds it that starts after a crash: what was
+    /// committed is there, and nothing that was in memory.
+    pub fn after_crash(&self, executor: Executor) -> Result<Self> {
+        let caches = Arc::new(Caches::new(&CacheBytes::default()));
+        let engine = self.inner.engine.after_crash(&caches, executor);
+        let engine = engine.ok_or_else(|| {
+            Error::Refused("only a store with an executor can be opened again".to_owned())
+        })?;
+        Ok(Self::around(engine, caches, self.inner.server_name.clone()))
     }
 
     /// Our own name.
@@ -181,6 +223,10 @@ fn open_engine(
 ) -> Result<(Box<dyn Engine>, Dialect)> {
     if let Some(path) = url.strip_prefix("sqlite:") {
         let path = path.strip_prefix("//").unwrap_or(path);
+        if let Some(executor) = options.executor.clone() {
+            let engine = sqlite::Given::open(path, caches, executor)?;
+            return Ok((Box::new(engine), sqlite::schema_dialect));
+        }
         let engine = sqlite::Sqlite::open(path, options.readers, caches)?;
         return Ok((Box::new(engine), sqlite::schema_dialect));
     }

@@ -1,8 +1,9 @@
-//! SQLite: reader threads on WAL snapshots, one writer thread that commits in groups.
+//! SQLite: reader threads on WAL snapshots, one writer thread that commits in groups; or no threads, and one
+//! connection for whoever runs the work.
 
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use rusqlite::types::{ToSqlOutput, Value as Owned, ValueRef};
 use rusqlite::vtab::array::{Array, load_module};
 use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql};
 
+use crate::Executor;
 use crate::cache::{Cached, Caches};
 use crate::driver::{Conn, Engine, Error, Job, Param, Result, Row, Value, run_caught};
 
@@ -96,6 +98,51 @@ impl Drop for Sqlite {
     }
 }
 
+/// One connection, and an executor that runs one job on it after another.
+pub(crate) struct Given {
+    connection: Arc<Mutex<Connection>>,
+    cached: Cached,
+    executor: Executor,
+}
+
+impl Given {
+    pub(crate) fn open(path: &str, caches: &Arc<Caches>, executor: Executor) -> Result<Self> {
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connect(path, true)?)),
+            cached: Cached {
+                caches: Arc::clone(caches),
+                fill: false,
+            },
+            executor,
+        })
+    }
+}
+
+impl Engine for Given {
+    fn submit_read(&self, job: Box<dyn Job>) {
+        self.submit_write(job);
+    }
+
+    fn submit_write(&self, job: Box<dyn Job>) {
+        let (connection, cached) = (Arc::clone(&self.connection), self.cached.clone());
+        (self.executor.0)(Box::new(move || {
+            let connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+            write_group(&connection, job, || None, &cached);
+        }));
+    }
+
+    fn after_crash(&self, caches: &Arc<Caches>, executor: Executor) -> Option<Box<dyn Engine>> {
+        Some(Box::new(Self {
+            connection: Arc::clone(&self.connection),
+            cached: Cached {
+                caches: Arc::clone(caches),
+                fill: false,
+            },
+            executor,
+        }))
+    }
+}
+
 fn send(queue: &Sender<Box<dyn Job>>, job: Box<dyn Job>) {
     if let Err(refused) = queue.send(job) {
         refused.into_inner().finish(Err(Error::Closed));
@@ -150,7 +197,7 @@ fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &C
 
 fn write_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &Cached) {
     while let Ok(first) = queue.recv() {
-        write_group(connection, first, queue, cached);
+        write_group(connection, first, || queue.try_recv().ok(), cached);
     }
 }
 
@@ -158,7 +205,7 @@ fn write_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &
 fn write_group(
     connection: &Connection,
     first: Box<dyn Job>,
-    queue: &Receiver<Box<dyn Job>>,
+    queued: impl Fn() -> Option<Box<dyn Job>>,
     cached: &Cached,
 ) {
     if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
@@ -171,7 +218,7 @@ fn write_group(
         let outcome = run_in_savepoint(connection, job.as_mut(), cached);
         done.push((job, outcome));
         next = if done.len() < GROUP_MAX {
-            queue.try_recv().ok()
+            queued()
         } else {
             None
         };
@@ -384,4 +431,29 @@ fn translate(error: rusqlite::Error) -> Error {
 pub(crate) fn schema_dialect(sql: &str) -> String {
     sql.replace("BIGINT PRIMARY KEY", "INTEGER PRIMARY KEY")
         .replace("BYTEA", "BLOB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Options, Store};
+
+    const ADD: &str = "INSERT INTO streams (kind, position) VALUES ($1, 1)";
+
+    #[tokio::test]
+    async fn what_an_executor_did_not_run_is_not_there_after_a_crash() {
+        let at_once = Executor::new(|work| work());
+        let options = Options {
+            executor: Some(at_once.clone()),
+            ..Options::default()
+        };
+        let first = Store::open("sqlite::memory:", options).await.unwrap();
+        first.write(|c| c.execute(ADD, &[&"kept"])).await.unwrap();
+        let never = first.after_crash(Executor::new(drop)).unwrap();
+        assert!(never.write(|c| c.execute(ADD, &[&"lost"])).await.is_err());
+        let second = never.after_crash(at_once).unwrap();
+        let kinds =
+            second.read(|c| c.query_all("SELECT kind FROM streams", &[], |row| row.string(0)));
+        assert_eq!(kinds.await.unwrap(), ["kept"]);
+    }
 }
