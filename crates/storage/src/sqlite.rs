@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use rusqlite::config::DbConfig;
 use rusqlite::types::{ToSqlOutput, Value as Owned, ValueRef};
 use rusqlite::vtab::array::{Array, load_module};
 use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql};
@@ -178,6 +179,10 @@ fn connect(path: &str, writer: bool) -> Result<Connection> {
             .map_err(translate)?;
     }
     load_module(&connection).map_err(translate)?;
+    // Otherwise the planner looks at the value of a `LIMIT $n`, and every execution compiles the statement anew.
+    connection
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)
+        .map_err(translate)?;
     Ok(connection)
 }
 
@@ -435,8 +440,22 @@ pub(crate) fn schema_dialect(sql: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use rusqlite::StatementStatus;
+
     use super::*;
     use crate::{Options, Store};
+
+    #[test]
+    fn a_limit_given_as_a_parameter_does_not_compile_a_statement_anew() {
+        let connection = connect(":memory:", true).unwrap();
+        connection.execute_batch("CREATE TABLE t (n)").unwrap();
+        let mut statement = prepare(&connection, "SELECT n FROM t ORDER BY n LIMIT $1").unwrap();
+        for limit in 1..4 {
+            bind(&mut statement, |_| Some(Value::Int(limit))).unwrap();
+            assert!(statement.raw_query().next().unwrap().is_none());
+        }
+        assert_eq!(statement.get_status(StatementStatus::RePrepare), 0);
+    }
 
     const ADD: &str = "INSERT INTO streams (kind, position) VALUES ($1, 1)";
 
