@@ -62,36 +62,34 @@ impl Bounds {
         })
     }
 
+    /// An end that is a token of /sync bounds the stream, and not the walk: on branches of the DAG, what is
+    /// older in one order may be newer in the other.
     pub fn stretch(&self) -> Stretch {
+        let end = self.to.filter(|to| to.place.is_none());
+        let end = end.and_then(|to| to.stream);
         match self.direction {
             Direction::Back => Stretch {
-                after: i64::MIN,
+                after: end.unwrap_or(i64::MIN),
                 up_to: self.from.stream.unwrap_or(i64::MAX),
                 from: self.from.place.unwrap_or((i64::MAX, i64::MAX)),
             },
             Direction::Forward => Stretch {
                 after: self.from.stream.unwrap_or(i64::MIN),
-                up_to: i64::MAX,
+                up_to: end.unwrap_or(i64::MAX),
                 from: self.from.place.unwrap_or((i64::MIN, i64::MIN)),
             },
         }
     }
 
-    /// Whether this event lies beyond `to`.
+    /// Whether this event of the stretch lies beyond `to`.
     pub fn ends_before(&self, event: &TimelineEvent) -> bool {
-        let Some(to) = self.to else {
+        let Some(end) = self.to.and_then(|to| to.place) else {
             return false;
         };
         let place = (event.pdu.depth, event.stream);
         match self.direction {
-            Direction::Back => {
-                to.place.is_some_and(|end| place < end)
-                    || to.place.is_none() && to.stream.is_some_and(|end| event.stream <= end)
-            }
-            Direction::Forward => {
-                to.place.is_some_and(|end| place >= end)
-                    || to.place.is_none() && to.stream.is_some_and(|end| event.stream > end)
-            }
+            Direction::Back => place < end,
+            Direction::Forward => place >= end,
         }
     }
 
@@ -273,16 +271,16 @@ impl Look {
                 if self.wants(view, &event)? {
                     page.kept.push(event);
                 }
-                if page.kept.len() == self.limit || scanned >= SCANNED_MAX {
-                    return Ok(page);
-                }
-                // What comes before is missing: fetch it before going past. On the last try the next
-                // page goes on from here.
+                // What comes before is missing: fetch it before going past, though the page be full, as the
+                // next one does not see this event. On the last try it goes on from here.
                 if hole && self.bounds.direction == Direction::Back {
                     page.hole = true;
                     if !self.last_try {
                         return Ok(page);
                     }
+                }
+                if page.kept.len() == self.limit || scanned >= SCANNED_MAX {
+                    return Ok(page);
                 }
             }
             if last_batch {
@@ -611,6 +609,16 @@ fn is_nearer(remote_ts: i64, local: Option<&(EventId, i64)>, ts: i64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sync_token_ends_a_walk_in_the_stream_and_not_in_the_dag() {
+        let token = Some("s24_0_0_0_0_0_0_0_0");
+        let back = Bounds::read(None, token, Direction::Back).unwrap();
+        assert_eq!((back.stretch().after, back.stretch().up_to), (24, i64::MAX));
+        let forward = Bounds::read(None, token, Direction::Forward).unwrap();
+        let stretch = forward.stretch();
+        assert_eq!((stretch.after, stretch.up_to), (i64::MIN, 24));
+    }
 
     #[test]
     fn a_page_that_began_at_a_sync_token_keeps_its_bound() {
