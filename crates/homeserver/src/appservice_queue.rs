@@ -43,6 +43,7 @@ impl Homeserver {
             let (hs, service, stop) = (self.clone(), Arc::clone(service), self.stopping());
             self.tracker().spawn(async move {
                 tokio::select! {
+                    biased;
                     () = hs.follow_events(&service) => {}
                     () = stop.cancelled() => {}
                 }
@@ -57,9 +58,7 @@ impl Homeserver {
             match self.tell_next(service).await {
                 Ok(Told::Nothing) => {
                     pause = PAUSE_MIN;
-                    if moved.changed().await.is_err() {
-                        return;
-                    }
+                    moved.changed().await;
                 }
                 Ok(Told::Something) => pause = PAUSE_MIN,
                 Ok(Told::Unheard) => {

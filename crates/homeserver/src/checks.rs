@@ -38,7 +38,7 @@ async fn check_batch(
     version: RoomVersion,
     pdus: Vec<RawPdu>,
 ) -> Vec<Result<Arc<Pdu>, BadPdu>> {
-    let parsed = on_cpu(move || {
+    let parsed = on_cpu(hs, move || {
         pdus.iter()
             .map(|raw| parse(raw, version))
             .collect::<Vec<_>>()
@@ -57,7 +57,7 @@ async fn check_batch(
         Verification::Single
     };
     let entropy: [u8; 32] = rand::random();
-    on_cpu(move || {
+    on_cpu(hs, move || {
         let good: Vec<(&Pdu, &str)> = parsed
             .iter()
             .flatten()
@@ -104,9 +104,10 @@ fn needed(pdu: &Pdu) -> Vec<Wanted> {
         .collect()
 }
 
-/// Runs work for the processor off the async threads.
-pub async fn on_cpu<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work)
-        .await
-        .expect("checks do not panic")
+async fn on_cpu<T: Send + 'static>(
+    hs: &Homeserver,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let processor = hs.config().processor;
+    processor.run(work).await.expect("checks do not panic")
 }

@@ -7,6 +7,8 @@ use federation::IpRanges;
 use protocol::id::{ServerName, UserId};
 use protocol::room_version::RoomVersion;
 
+use crate::processor::Processor;
+
 #[derive(Clone, Debug)]
 pub struct Config {
     pub server_name: ServerName,
@@ -31,6 +33,7 @@ pub struct Config {
     /// How long a client's request may wait for a room to become full (C-35).
     pub full_state_wait_max: Duration,
     pub presence: bool,
+    pub processor: Processor,
     /// Who speaks for the operators; `None`: nobody.
     pub server_notices: Option<ServerNotices>,
 }
@@ -112,6 +115,7 @@ impl Config {
             trusted_key_servers: Vec::new(),
             full_state_wait_max: Duration::from_secs(120),
             presence: true,
+            processor: Processor::Pool,
             server_notices: None,
         }
     }

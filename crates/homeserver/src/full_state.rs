@@ -18,12 +18,13 @@ pub async fn full_state(homeserver: &Homeserver, room: &RoomId) -> Result<()> {
         }
         homeserver.tasks().is_wanted(room);
         tokio::select! {
-            () = wakeups.next() => {}
+            biased;
             () = tokio::time::sleep_until(deadline) => {
                 return Err(MatrixError::timed_out(
                     "The members of this room are still being fetched from other servers",
                 ));
             }
+            () = wakeups.next() => {}
         }
     }
 }

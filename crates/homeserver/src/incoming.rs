@@ -250,6 +250,7 @@ impl Homeserver {
         let (hs, stop) = (self.clone(), self.stopping());
         self.tracker().spawn(async move {
             tokio::select! {
+                biased;
                 () = work(&hs, &room) => {}
                 () = stop.cancelled() => {}
             }

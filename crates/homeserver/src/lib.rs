@@ -44,6 +44,7 @@ pub mod outside;
 mod passwords;
 pub mod presence;
 pub mod previews;
+pub mod processor;
 pub mod profiles;
 pub mod push;
 pub mod push_rules;
@@ -161,6 +162,9 @@ impl Homeserver {
         );
         let limits = limits::RateLimits::new(&config.limits);
         let outbound = outbound::Outbound::new(config.outbound_ip_ranges.clone());
+        let wants_traffic = appservices.iter().any(|service| service.url.is_some());
+        let appservice_client = wants_traffic.then(outbound::trusting_client).flatten();
+        let passwords = passwords::Hasher::new(config.processor);
         Self {
             inner: Arc::new(Inner {
                 config,
@@ -170,7 +174,7 @@ impl Homeserver {
                 client,
                 keys,
                 appservices,
-                passwords: passwords::Hasher::default(),
+                passwords,
                 uia: uia::Sessions::default(),
                 limits,
                 nonces: shared_secret::Nonces::default(),
@@ -191,7 +195,7 @@ impl Homeserver {
                 media: media::State::default(),
                 previews: previews::Previews::default(),
                 presence: presence::Watch::default(),
-                appservice_client: outbound::trusting_client(),
+                appservice_client,
                 noted_devices: accounts::NotedDevices::default(),
                 notices: server_notices::Locks::default(),
                 deletions: room_deletion::Deletions::default(),

@@ -4,10 +4,11 @@
 //! costs a look and never an event. Subscribe first, then look, then wait.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use protocol::id::{RoomId, ServerName, UserId};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// What can be waited for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -28,26 +29,27 @@ pub enum Topic {
 
 #[derive(Clone, Default)]
 pub struct Notifier {
-    topics: Arc<Mutex<HashMap<Topic, watch::Sender<u64>>>>,
+    topics: Arc<Mutex<HashMap<Topic, Arc<Bell>>>>,
 }
 
 impl Notifier {
-    /// A receiver that changes at every later [`Notifier::wake`] of the topic.
-    pub fn subscribe(&self, topic: Topic) -> watch::Receiver<u64> {
+    /// A listener that hears every later [`Notifier::wake`] of the topic.
+    pub fn subscribe(&self, topic: Topic) -> Listener {
         let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        topics
-            .entry(topic)
-            .or_insert_with(|| watch::channel(0).0)
-            .subscribe()
+        let bell = Arc::clone(topics.entry(topic).or_default());
+        let heard = bell.rung.load(Ordering::Acquire);
+        Listener { bell, heard }
     }
 
     pub fn wake(&self, topic: &Topic) {
         let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sender) = topics.get(topic) {
-            if sender.receiver_count() == 0 {
+        if let Some(bell) = topics.get(topic) {
+            // Listeners come only under the lock, and this is the one reference that is none of theirs.
+            if Arc::strong_count(bell) == 1 {
                 topics.remove(topic);
             } else {
-                sender.send_modify(|count| *count += 1);
+                bell.rung.fetch_add(1, Ordering::AcqRel);
+                bell.notify.notify_waiters();
             }
         }
     }
@@ -61,15 +63,44 @@ impl Notifier {
     }
 }
 
+/// Wakes its listeners in the order in which they began to wait (a `watch` channel shuffles them).
+#[derive(Default)]
+struct Bell {
+    rung: AtomicU64,
+    notify: Notify,
+}
+
+/// Hears one topic.
+pub struct Listener {
+    bell: Arc<Bell>,
+    heard: u64,
+}
+
+impl Listener {
+    /// Returns when the topic was woken since the last call.
+    pub async fn changed(&mut self) {
+        loop {
+            // It counts from here on, though nobody waits for it yet.
+            let notified = self.bell.notify.notified();
+            let rung = self.bell.rung.load(Ordering::Acquire);
+            if rung != self.heard {
+                self.heard = rung;
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
 /// Several topics at once.
 pub struct Wakeups {
-    receivers: Vec<watch::Receiver<u64>>,
+    listeners: Vec<Listener>,
 }
 
 impl Wakeups {
     pub fn new(notifier: &Notifier, topics: impl IntoIterator<Item = Topic>) -> Self {
         Self {
-            receivers: topics
+            listeners: topics
                 .into_iter()
                 .map(|topic| notifier.subscribe(topic))
                 .collect(),
@@ -78,13 +109,11 @@ impl Wakeups {
 
     /// Returns when any of the topics was woken since the last call. Never, without topics.
     pub async fn next(&mut self) {
-        if self.receivers.is_empty() {
+        if self.listeners.is_empty() {
             std::future::pending::<()>().await;
         }
-        let waits = self
-            .receivers
-            .iter_mut()
-            .map(|receiver| Box::pin(receiver.changed()));
+        let listeners = self.listeners.iter_mut();
+        let waits = listeners.map(|listener| Box::pin(listener.changed()));
         let _ = futures::future::select_all(waits).await;
     }
 }

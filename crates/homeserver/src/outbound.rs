@@ -4,6 +4,7 @@
 //! again at each redirect.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -18,13 +19,21 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const REDIRECTS_MAX: usize = 5;
 
 pub(crate) struct Outbound {
-    /// `None` where no connection can be made, such as on a machine without root certificates.
-    client: Option<Client>,
+    /// Made when it is first needed: that reads all root certificates. `None` where no connection can be made,
+    /// such as on a machine without them.
+    client: OnceLock<Option<Client>>,
     ranges: IpRanges,
 }
 
 impl Outbound {
     pub fn new(ranges: IpRanges) -> Self {
+        Self {
+            client: OnceLock::new(),
+            ranges,
+        }
+    }
+
+    fn build(ranges: &IpRanges) -> Option<Client> {
         let redirects = {
             let ranges = ranges.clone();
             Policy::custom(move |attempt| {
@@ -42,8 +51,7 @@ impl Outbound {
             .redirect(redirects)
             .dns_resolver(Filtered(ranges.clone()))
             .build();
-        let client = usable(client);
-        Self { client, ranges }
+        usable(client)
     }
 
     pub async fn get(&self, url: &str) -> Result<Response> {
@@ -67,6 +75,7 @@ impl Outbound {
 
     fn client(&self) -> Result<&Client> {
         self.client
+            .get_or_init(|| Self::build(&self.ranges))
             .as_ref()
             .ok_or_else(|| MatrixError::bad_gateway("This server can make no such request"))
     }

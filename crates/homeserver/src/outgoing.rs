@@ -140,6 +140,7 @@ impl Outgoing<'_> {
         let stop = hs.stopping();
         self.hs.tracker().spawn(async move {
             tokio::select! {
+                biased;
                 () = work(&hs, server) => {}
                 () = stop.cancelled() => {}
             }
@@ -176,6 +177,7 @@ async fn work(hs: &Homeserver, server: ServerName) {
             }
             Sent::Failed(pause) => {
                 tokio::select! {
+                    biased;
                     () = tokio::time::sleep(pause) => {}
                     () = heard_of(hs, &server, &mut wakeups) => {}
                 }

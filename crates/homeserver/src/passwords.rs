@@ -8,6 +8,7 @@ use argon2::password_hash::{PasswordHasher, PasswordVerifier};
 use tokio::sync::Semaphore;
 
 use crate::error::{MatrixError, Result};
+use crate::processor::Processor;
 
 /// Hashes computed at a time: each takes 19 MiB and a core for some tens of milliseconds, and a crowd at the
 /// login door must not take all of either.
@@ -18,17 +19,17 @@ pub const PASSWORD_BYTES_MAX: usize = 512;
 
 pub(crate) struct Hasher {
     turns: Arc<Semaphore>,
-}
-
-impl Default for Hasher {
-    fn default() -> Self {
-        Self {
-            turns: Arc::new(Semaphore::new(HASHES_AT_ONCE)),
-        }
-    }
+    processor: Processor,
 }
 
 impl Hasher {
+    pub fn new(processor: Processor) -> Self {
+        Self {
+            turns: Arc::new(Semaphore::new(HASHES_AT_ONCE)),
+            processor,
+        }
+    }
+
     /// The hash in PHC format, salt and costs included.
     pub async fn hash(&self, password: String) -> Result<String> {
         if password.len() > PASSWORD_BYTES_MAX {
@@ -59,9 +60,8 @@ impl Hasher {
     async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
         let turn = Arc::clone(&self.turns).acquire_owned().await;
         let _turn = turn.map_err(|_| MatrixError::internal("The server is stopping"))?;
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|_| MatrixError::internal("The password could not be looked at"))
+        let done = self.processor.run(work).await;
+        done.map_err(|_| MatrixError::internal("The password could not be looked at"))
     }
 }
 
@@ -71,7 +71,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_password_matches_its_own_hash_only() {
-        let hasher = Hasher::default();
+        let hasher = Hasher::new(Processor::Pool);
         let hash = hasher.hash("übers3kr1t".to_owned()).await.unwrap();
         assert!(
             hasher

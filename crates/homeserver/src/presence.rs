@@ -207,6 +207,7 @@ impl Homeserver {
         self.tracker().spawn(async move {
             loop {
                 tokio::select! {
+                    biased;
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(SWEEP_EVERY) => {}
                 }

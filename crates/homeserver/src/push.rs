@@ -282,6 +282,7 @@ impl Homeserver {
         let (hs, user, stop) = (self.clone(), user.clone(), self.stopping());
         self.tracker().spawn(async move {
             tokio::select! {
+                biased;
                 () = hs.push_all(&user) => {}
                 () = stop.cancelled() => {}
             }

@@ -196,8 +196,9 @@ async fn look_until(homeserver: &Homeserver, ask: Ask, wait: Duration) -> Result
             return Ok(built);
         }
         tokio::select! {
-            () = wakeups.next() => {}
+            biased;
             () = tokio::time::sleep_until(deadline) => return look(homeserver, &ask).await,
+            () = wakeups.next() => {}
             () = homeserver.stopping().cancelled_owned() => return Ok(built),
         }
     }

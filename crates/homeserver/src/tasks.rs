@@ -196,6 +196,7 @@ impl Tasks<'_> {
         let (hs, stop) = (self.hs.clone(), self.hs.stopping());
         self.hs.tracker().spawn(async move {
             tokio::select! {
+                biased;
                 () = pay_debts(&hs) => {}
                 () = stop.cancelled() => {}
             }
