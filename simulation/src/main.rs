@@ -1,15 +1,21 @@
-//! Runs seeds: `simulation [machine|room] [--seeds N] [--from N] [--seed N] [--trace]`.
+//! Runs seeds: `simulation [machine|room|house] [--seeds N] [--from N] [--seed N] [--liveness] [--trace]`.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use simulation::fixture::Fixture;
-use simulation::{machine, room};
+use simulation::house::Mode;
+use simulation::{house, machine, room};
 
 const SEEDS: u64 = 10_000;
+/// Of so many seeds of whole servers one is run twice, to prove that the seed is all that there is.
+const TWICE_EVERY: u64 = 20;
 
 struct Options {
-    seeds: std::ops::Range<u64>,
+    seeds: Range<u64>,
+    liveness: bool,
     trace: bool,
 }
 
@@ -17,6 +23,7 @@ fn main() -> ExitCode {
     let mut level = None;
     let mut options = Options {
         seeds: 0..SEEDS,
+        liveness: false,
         trace: false,
     };
     let mut from = 0;
@@ -24,7 +31,8 @@ fn main() -> ExitCode {
     while let Some(arg) = args.next() {
         let number = |text: Option<String>| text.and_then(|text| text.parse::<u64>().ok());
         match arg.as_str() {
-            "machine" | "room" => level = Some(arg),
+            "machine" | "room" | "house" => level = Some(arg),
+            "--liveness" => options.liveness = true,
             "--trace" => options.trace = true,
             "--seeds" => match number(args.next()) {
                 Some(n) => options.seeds = 0..n,
@@ -43,16 +51,16 @@ fn main() -> ExitCode {
     }
     options.seeds = options.seeds.start + from..options.seeds.end + from;
     let mut tally = Tally::default();
-    if level.as_deref() != Some("room") {
-        run_machine(&options, &mut tally);
-    }
-    if level.as_deref() != Some("machine") {
-        // A house of servers takes longer than one machine; alone it runs as many seeds as asked for.
-        if level.is_none() {
-            options.seeds.end =
-                options.seeds.start + (options.seeds.end - options.seeds.start).div_ceil(5);
+    match level.as_deref() {
+        Some("machine") => run_machine(&options, &options.seeds, &mut tally),
+        Some("room") => run_room(&options, &options.seeds, &mut tally),
+        Some(_) => run_house(&options, &options.seeds, &mut tally),
+        None => {
+            // A room of machines takes longer than one machine, and a house longer than a room.
+            run_machine(&options, &options.seeds, &mut tally);
+            run_room(&options, &options.some(5), &mut tally);
+            run_house(&options, &options.some(100), &mut tally);
         }
-        run_room(&options, &mut tally);
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
     match tally.failed {
@@ -62,8 +70,18 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: simulation [machine|room] [--seeds N] [--from N] [--seed N] [--trace]");
+    eprintln!(
+        "usage: simulation [machine|room|house] [--seeds N] [--from N] [--seed N] [--liveness] [--trace]"
+    );
     ExitCode::FAILURE
+}
+
+impl Options {
+    /// The first of so many seeds.
+    fn some(&self, of: u64) -> Range<u64> {
+        let count = self.seeds.end - self.seeds.start;
+        self.seeds.start..self.seeds.start + count.div_ceil(of)
+    }
 }
 
 #[derive(Default)]
@@ -84,10 +102,10 @@ impl Tally {
     }
 }
 
-fn run_machine(options: &Options, tally: &mut Tally) {
+fn run_machine(options: &Options, seeds: &Range<u64>, tally: &mut Tally) {
     let fixture = Fixture::new();
     let mut ends: BTreeMap<machine::End, u64> = BTreeMap::new();
-    for seed in options.seeds.clone() {
+    for seed in seeds.clone() {
         let result = match (machine::run(&fixture, seed), machine::run(&fixture, seed)) {
             (Ok(a), Ok(b)) if a.trace == b.trace => {
                 if options.trace {
@@ -111,9 +129,9 @@ fn run_machine(options: &Options, tally: &mut Tally) {
     }
 }
 
-fn run_room(options: &Options, tally: &mut Tally) {
+fn run_room(options: &Options, seeds: &Range<u64>, tally: &mut Tally) {
     let (mut servers, mut events) = (0, 0);
-    for seed in options.seeds.clone() {
+    for seed in seeds.clone() {
         let result = match (room::run(seed), room::run(seed)) {
             (Ok(a), Ok(b)) if a.trace == b.trace => {
                 if options.trace {
@@ -134,4 +152,70 @@ fn run_room(options: &Options, tally: &mut Tally) {
         tally.add("room", seed, result);
     }
     println!("room: {servers} servers in rooms and {events} events in the end");
+}
+
+/// What the workers of a level share.
+struct Shared<'a> {
+    seeds: Range<u64>,
+    tally: &'a mut Tally,
+    servers: usize,
+    promised: usize,
+    requests: u64,
+}
+
+/// Seeds do not know of each other, so there is one at a time for each processor.
+fn run_house(options: &Options, seeds: &Range<u64>, tally: &mut Tally) {
+    let mode = match options.liveness {
+        true => Mode::Liveness,
+        false => Mode::Safety,
+    };
+    let shared = Mutex::new(Shared {
+        seeds: seeds.clone(),
+        tally,
+        servers: 0,
+        promised: 0,
+        requests: 0,
+    });
+    let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let next = shared.lock().map(|mut shared| shared.seeds.next());
+                    let Ok(Some(seed)) = next else {
+                        return;
+                    };
+                    let result = run_house_seed(seed, mode, options.trace);
+                    let mut shared = shared.lock().expect("printing does not panic");
+                    let result = result.map(|run| {
+                        shared.servers += run.servers_in_room;
+                        shared.promised += run.promised;
+                        shared.requests += run.requests;
+                    });
+                    shared.tally.add("house", seed, result);
+                }
+            });
+        }
+    });
+    if let Ok(shared) = shared.into_inner() {
+        println!(
+            "house: {} servers in rooms, {} events and {} requests between servers",
+            shared.servers, shared.promised, shared.requests
+        );
+    }
+}
+
+fn run_house_seed(seed: u64, mode: Mode, trace: bool) -> Result<house::Run, String> {
+    let run = house::run(seed, mode, trace);
+    if trace {
+        match &run {
+            Ok(run) => println!("{}", run.trace),
+            Err((_, trace)) => println!("{trace}"),
+        }
+    }
+    let run = run.map_err(|(broken, _)| broken)?;
+    if seed.is_multiple_of(TWICE_EVERY) && house::run(seed, mode, trace).as_ref() != Ok(&run) {
+        return Err("the same seed gave another trace".to_owned());
+    }
+    Ok(run)
 }

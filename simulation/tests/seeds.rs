@@ -1,6 +1,7 @@
 //! Seeds that once broke a law. Each is named for what was wrong.
 
 use simulation::fixture::Fixture;
+use simulation::house::{self, Mode};
 use simulation::{machine, room};
 
 fn check_room(seed: u64) {
@@ -66,6 +67,14 @@ fn a_leave_whose_past_could_not_be_asked_for_was_refused_and_is_not_sent_again()
 #[test]
 fn the_state_of_a_room_that_nobody_is_in_was_held_to_verdicts_found_later() {
     check_room(12172);
+}
+
+#[test]
+fn one_seed_of_whole_servers_gives_one_trace() {
+    for seed in [3, 4] {
+        let run = || house::run(seed, Mode::Safety, false);
+        assert_eq!(run(), run());
+    }
 }
 
 #[test]

@@ -1,0 +1,364 @@
+//! The laws of the house, as far as whole servers can be held to them (law 2 is the story's: it waits until
+//! nothing is owed).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::pdu::Pdu;
+use room::effect::Place;
+use storage::events::{Standing, Status};
+use storage::{Conn, events, queues, rooms, states, timeline};
+
+use super::client::{self, Follower, User};
+use super::server::Server;
+
+/// What a server holds of the room.
+pub struct Holding {
+    pub state: BTreeMap<(String, String), Arc<Pdu>>,
+    pub local_joined: Vec<UserId>,
+    pub hosts: BTreeSet<ServerName>,
+    pub partial: bool,
+}
+
+impl Holding {
+    fn ids(&self) -> BTreeMap<&(String, String), &EventId> {
+        let ids = self.state.iter();
+        ids.map(|(key, pdu)| (key, &pdu.event_id)).collect()
+    }
+
+    fn member(&self, user: &str) -> Option<&Arc<Pdu>> {
+        let key = ("m.room.member".to_owned(), user.to_owned());
+        self.state.get(&key)
+    }
+
+    fn joined(&self) -> impl Iterator<Item = &str> {
+        let members = self.state.iter();
+        members
+            .filter(|((kind, _), pdu)| kind == "m.room.member" && pdu.membership() == Some("join"))
+            .map(|((_, user), _)| user.as_str())
+    }
+}
+
+async fn read<T: Send + 'static>(
+    server: &Server,
+    read: impl FnMut(&mut dyn Conn) -> storage::Result<T> + Send + 'static,
+) -> Result<T, String> {
+    let store = server.store();
+    store.read(read).await.map_err(|error| error.to_string())
+}
+
+/// `None` for a server that was never in the room.
+pub async fn holding(server: &Server, room: &RoomId) -> Result<Option<Holding>, String> {
+    let room = room.clone();
+    let found = read(server, move |c| {
+        let Some(row) = timeline::room(c, &room)? else {
+            return Ok(None);
+        };
+        let entries: Vec<_> = row.state.iter().collect();
+        let keys: Vec<_> = entries.iter().map(|(key, _)| *key).collect();
+        let nids: Vec<_> = entries.iter().map(|(_, event)| *event).collect();
+        let names = states::key_names(c, row.nid, &keys)?;
+        let pdus = events::pdus(c, &nids)?;
+        let named = entries.iter().filter_map(|(key, event)| {
+            let (kind, state_key) = names.get(key)?;
+            Some((
+                (kind.to_string(), state_key.to_string()),
+                pdus.get(event)?.clone(),
+            ))
+        });
+        Ok(Some(Holding {
+            state: named.collect(),
+            local_joined: rooms::local_joined(c, row.nid)?,
+            hosts: rooms::hosts(c, row.nid)?.into_iter().collect(),
+            partial: row.partial,
+        }))
+    });
+    found.await
+}
+
+/// Law 2: what a server still owes, in words; `None` when nothing.
+pub async fn owed(server: &Server) -> Result<Option<String>, String> {
+    let name = server.name.clone();
+    let found = read(server, move |c| {
+        let partial = rooms::partial_rooms(c)?;
+        let staged = queues::staged_rooms(c)?;
+        let waiting = queues::waiting_servers(c)?;
+        let intents = queues::intents(c)?;
+        let (debts, joins): (Vec<_>, Vec<_>) =
+            intents.into_iter().partition(|intent| intent.owe_leave);
+        let mut owed = Vec::new();
+        let mut owe = |count: usize, what: &str| {
+            if count > 0 {
+                owed.push(format!("{count} {what}"));
+            }
+        };
+        owe(partial.len(), "partial rooms");
+        owe(staged.len(), "rooms with staged events");
+        owe(waiting.len(), "servers with a full outbox");
+        owe(joins.len(), "joins");
+        owe(debts.len(), "leaves");
+        Ok((!owed.is_empty()).then(|| format!("{name} has {}", owed.join(", "))))
+    });
+    found.await
+}
+
+/// Laws 1 and 6: who is in the room by the first server's state holds the same state, and knows that it is in
+/// the room; who is not in it has no join that the first server does not know. Who is in it.
+pub async fn check_states(
+    servers: &[Arc<Server>],
+    room: &RoomId,
+) -> Result<BTreeSet<usize>, String> {
+    let reference = holding(&servers[0], room)
+        .await?
+        .ok_or("the room is gone")?;
+    let mut in_room = BTreeSet::new();
+    for (n, server) in servers.iter().enumerate() {
+        let name = &server.name;
+        let Some(theirs) = holding(server, room).await? else {
+            if reference.hosts.contains(name) {
+                return Err(format!("{name} is in the room, and has none"));
+            }
+            continue;
+        };
+        if !reference.hosts.contains(name) {
+            check_undone(&servers[0], &theirs, name).await?;
+            continue;
+        }
+        if has_gone(&reference, &theirs, name) {
+            continue;
+        }
+        if theirs.local_joined.is_empty() {
+            return Err(format!("{name} is in the room, and does not know it"));
+        }
+        if theirs.partial {
+            return Err(format!("{name} stayed partial"));
+        }
+        if theirs.ids() != reference.ids() {
+            return Err(difference(name, &reference, &theirs));
+        }
+        in_room.insert(n);
+    }
+    Ok(in_room)
+}
+
+/// Resolution can undo a join without an event that says so, and a server that thereby is in the room no more
+/// is told nothing. But the join must be known.
+async fn check_undone(first: &Server, theirs: &Holding, name: &ServerName) -> Result<(), String> {
+    let joins = theirs.local_joined.iter();
+    let joins = joins.filter_map(|user| theirs.member(user.as_str()));
+    let joins: Vec<EventId> = joins.map(|pdu| pdu.event_id.clone()).collect();
+    let found = statuses(first, &joins).await?;
+    match joins.iter().find(|id| !found.contains_key(id)) {
+        Some(id) => Err(format!("{name} alone knows of the join {id}")),
+        None => Ok(()),
+    }
+}
+
+/// Whether all of a server's users that are in the room elsewhere are out of it at home, by an event of their
+/// own that was refused elsewhere (P-19), or by somebody else's that resolution has undone elsewhere (P-24):
+/// the two ways in which a server that takes nothing of a room any more can differ from it.
+fn has_gone(reference: &Holding, theirs: &Holding, name: &ServerName) -> bool {
+    if !theirs.local_joined.is_empty() {
+        return false;
+    }
+    let mut ghosts = reference.joined().filter(|user| {
+        user.split_once(':')
+            .is_some_and(|(_, of)| of == name.as_str())
+    });
+    ghosts.all(|user| {
+        let member = theirs.member(user);
+        member.is_some_and(|pdu| matches!(pdu.membership(), Some("leave" | "ban")))
+    })
+}
+
+fn difference(name: &ServerName, ours: &Holding, theirs: &Holding) -> String {
+    let keys: BTreeSet<_> = ours.state.keys().chain(theirs.state.keys()).collect();
+    let id = |of: &Holding, key| of.state.get(key).map(|pdu| pdu.event_id.to_string());
+    let differ: Vec<_> = keys
+        .into_iter()
+        .filter(|key| id(ours, key) != id(theirs, key))
+        .map(|key| format!("{key:?}: {:?}, {:?}", id(ours, key), id(theirs, key)))
+        .collect();
+    format!(
+        "the first server and {name} hold different state: {}",
+        differ.join("; ")
+    )
+}
+
+/// Law 3: what a server said yes to, it has, with a place.
+pub async fn check_promised(server: &Server, promised: &[EventId]) -> Result<(), String> {
+    let found = statuses(server, promised).await?;
+    for id in promised {
+        if found
+            .get(id)
+            .is_none_or(|status| status.place == Place::Outlier && !status.given_up)
+        {
+            let name = &server.name;
+            return Err(format!("{name} took {id} and has {:?}", found.get(id)));
+        }
+    }
+    Ok(())
+}
+
+async fn statuses(server: &Server, ids: &[EventId]) -> Result<BTreeMap<EventId, Status>, String> {
+    let ids = ids.to_vec();
+    read(server, move |c| events::statuses_by_id(c, &ids)).await
+}
+
+/// Law 5: a client that followed the room has seen everything that came by its server's stream since, and
+/// nothing else.
+pub async fn check_view(follower: &Follower, room: &RoomId) -> Result<(), String> {
+    let name = &follower.user.id;
+    let stream = stream(&follower.user.server, room).await?;
+    let seen: BTreeSet<&str> = follower.seen.iter().map(String::as_str).collect();
+    for (id, position) in &stream {
+        if *position > follower.from && !seen.contains(id.as_str()) {
+            return Err(format!("{name} was never shown {id}"));
+        }
+    }
+    let unknown: Vec<EventId> = seen
+        .iter()
+        .filter(|id| !stream.contains_key(**id))
+        .filter_map(|id| EventId::parse(id).ok())
+        .collect();
+    let found = statuses(&follower.user.server, &unknown).await?;
+    for id in unknown {
+        // What was shown while the room was partial may have been refused since.
+        let refused = found
+            .get(&id)
+            .is_some_and(|status| status.standing != Standing::Accepted || status.given_up);
+        if !refused {
+            return Err(format!(
+                "{name} was shown {id}, which is {:?}",
+                found.get(&id)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What the server holds of the room, in words.
+pub async fn tell(server: &Server, room: &RoomId) -> Result<String, String> {
+    let room = room.clone();
+    let found = read(server, move |c| {
+        let Some(row) = rooms::by_id(c, &room)? else {
+            return Ok(Vec::new());
+        };
+        timeline::newest(c, row.nid, i64::MIN, i64::MAX, i64::MAX)
+    });
+    let lines = found.await?.into_iter().rev().map(|event| {
+        let pdu = &event.pdu;
+        let (id, position, depth) = (&pdu.event_id, event.stream, pdu.depth);
+        let (kind, key, sender) = (&pdu.kind, pdu.state_key.as_deref(), &pdu.sender);
+        let before: Vec<_> = pdu.prev_events.iter().map(EventId::as_str).collect();
+        format!("{position:>5} {depth:>4} {id} {kind} {key:?} by {sender} after {before:?}\n")
+    });
+    Ok(format!("{}:\n{}", server.name, lines.collect::<String>()))
+}
+
+/// The accepted events that came by the stream, and where.
+async fn stream(server: &Server, room: &RoomId) -> Result<BTreeMap<String, i64>, String> {
+    let room = room.clone();
+    let found = read(server, move |c| {
+        let Some(row) = rooms::by_id(c, &room)? else {
+            return Ok(Vec::new());
+        };
+        timeline::newest(c, row.nid, 0, i64::MAX, i64::MAX)
+    });
+    let events = found.await?.into_iter();
+    Ok(events
+        .map(|event| (event.pdu.event_id.to_string(), event.stream))
+        .collect())
+}
+
+/// The state that /sync told a client of, key by key, is the state that there is. A client that wants few
+/// members is not told what becomes of the others; and what resolution takes away without putting anything in
+/// its place can not be told.
+pub async fn check_told_state(follower: &Follower, room: &RoomId) -> Result<(), String> {
+    if !follower.keeps_state {
+        return Ok(());
+    }
+    let name = &follower.user.id;
+    let holding = holding(&follower.user.server, room)
+        .await?
+        .ok_or_else(|| format!("{name} follows a room that is not there"))?;
+    let wanted = |key: &(String, String)| !follower.lazy || key.0 != "m.room.member";
+    for (key, told) in follower.state.iter().filter(|(key, _)| wanted(key)) {
+        let id = holding.state.get(key).map(|pdu| pdu.event_id.as_str());
+        if id.is_some_and(|id| id != told) {
+            return Err(format!(
+                "{name} was told {told} for {key:?}, which is {id:?}"
+            ));
+        }
+    }
+    for key in holding.state.keys() {
+        if wanted(key) && !follower.state.contains_key(key) {
+            return Err(format!("{name} was never told {key:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// A client that walks back through all of the history meets each of these, unless its server has judged it
+/// otherwise, and none twice.
+pub async fn check_history(user: &User, room: &RoomId, promised: &[EventId]) -> Result<(), String> {
+    let Some(walked) = client::walk(user, room.as_str(), None, None).await? else {
+        return Err(format!("{} can not walk through the history", user.id));
+    };
+    let mut met = BTreeSet::new();
+    for event in &walked {
+        let id = event["event_id"].as_str().unwrap_or_default();
+        if !met.insert(id) {
+            return Err(format!("{} met {id} twice in the history", user.id));
+        }
+    }
+    let missed: Vec<EventId> = promised
+        .iter()
+        .filter(|id| !met.contains(id.as_str()))
+        .cloned()
+        .collect();
+    let found = statuses(&user.server, &missed).await?;
+    for id in missed {
+        let judged = found
+            .get(&id)
+            .is_some_and(|status| status.standing != Standing::Accepted);
+        if !judged {
+            return Err(format!(
+                "{} did not meet {id} in the history: {:?}",
+                user.id,
+                found.get(&id)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A client that sends again what was not answered, under the same transaction id, has said it once.
+pub async fn check_said_once(
+    server: &Server,
+    room: &RoomId,
+    said: &[String],
+) -> Result<(), String> {
+    let room = room.clone();
+    let found = read(server, move |c| {
+        let Some(row) = rooms::by_id(c, &room)? else {
+            return Ok(Vec::new());
+        };
+        timeline::newest(c, row.nid, i64::MIN, i64::MAX, i64::MAX)
+    });
+    let events = found.await?;
+    let mut times: BTreeMap<String, usize> = BTreeMap::new();
+    for event in events {
+        if let Some(body) = event.pdu.content_value()["body"].as_str() {
+            *times.entry(body.to_owned()).or_default() += 1;
+        }
+    }
+    match said
+        .iter()
+        .find(|words| times.get(*words).is_some_and(|times| *times > 1))
+    {
+        Some(words) => Err(format!("{words:?} was said once, and is there twice")),
+        None => Ok(()),
+    }
+}
