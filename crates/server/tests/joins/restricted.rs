@@ -6,7 +6,9 @@ use protocol::room_version::RoomVersion;
 use room::effect::AskError;
 use serde_json::{Value, json};
 
+use crate::dag::state;
 use crate::network::Network;
+use crate::resident::Gate;
 use crate::stage::Stage;
 use crate::ways::{
     content, forbidden, invite, join_refused, pair, put_out, refusal, set, state_path, until_member,
@@ -382,6 +384,40 @@ async fn r_46_who_is_in_a_partial_room_can_not_be_told() {
     ask("derek").await.unwrap();
     assert_eq!(refusal(ask("nobody").await), forbidden());
     stage.end(&alice).await;
+}
+
+/// J-22, and J-20: those who wait for their turn see a partial room when they come and a full one when it is
+/// theirs; then nobody here may let them in.
+#[tokio::test]
+async fn a_join_does_not_wait_for_itself_when_its_room_turns_full_meanwhile() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let bob = stage.here.register("bob").await;
+    stage.join(&alice).await;
+    stage.resident.take_asked("make_join");
+    let charlie = stage.resident.user("charlie");
+    let rules = rules("restricted", "!elsewhere:elsewhere.test");
+    let rules = stage.send(state(&charlie, "m.room.join_rules", "", rules));
+    stage.tell(&[&rules]).await;
+    alice.lazy().until_event(&rules).await;
+
+    stage.resident.authorise_joins();
+    stage.resident.serve_full_joins();
+    let gate = Gate::new(false);
+    stage.resident.hold_make_join(&gate);
+    let path = format!("/join/{}?via=resident.test", stage.room.id);
+    let mut joins = vec![bob.begin("POST", path.clone(), json!({}))];
+    stage.resident.asked("make_join").await;
+    for name in ["carol", "dora", "eve"] {
+        let user = stage.here.register(name).await;
+        joins.push(user.begin("POST", path.clone(), json!({})));
+    }
+    stage.release();
+    stage.until_full(&alice).await;
+    gate.open();
+    for join in joins {
+        assert_eq!(join.status().await, 200);
+    }
 }
 
 /// A space that everybody may look into, and its child, which lets in the members of the space.
