@@ -21,6 +21,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use storage::queues::{self, Staged};
 use storage::{Sequence, federation_reads, rooms};
+use tokio::sync::Notify;
 
 use crate::drive::{Run, drive};
 use crate::error::{MatrixError, Result};
@@ -33,8 +34,8 @@ const EDUS_MAX: usize = 100;
 const BATCH_MAX: i64 = 50;
 /// PDUs staged for one room beyond this many are refused: the sender keeps them and tries again.
 const STAGED_MAX: i64 = 20_000;
-/// How long a room waits when a join of ours is still under way (J-65).
-const POSTPONED: Duration = Duration::from_millis(200);
+/// A room whose join of ours is still under way (J-65) waits for the end of that, and looks again this often.
+const POSTPONED: Duration = Duration::from_secs(1);
 /// A PDU is put off when nobody was reached who knows what it stands on: this long the first time, and four
 /// times longer each time after that.
 const DEFER_MS: i64 = 2_000;
@@ -56,6 +57,15 @@ pub struct Workers {
     alarms: Mutex<BTreeMap<RoomId, i64>>,
     /// Servers something of which was put off since they were heard of last.
     awaited: Mutex<BTreeSet<ServerName>>,
+    /// A handshake of ours has ended.
+    settled: Notify,
+}
+
+impl Workers {
+    /// What waited for the end of a handshake may go on.
+    pub(crate) fn handshake_ended(&self) {
+        self.settled.notify_waiters();
+    }
 }
 
 #[derive(Deserialize)]
@@ -397,11 +407,14 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 async fn work(hs: &Homeserver, room: &RoomId) {
     loop {
+        let settled = hs.workers().settled.notified();
+        tokio::pin!(settled);
+        settled.as_mut().enable();
         match take_some(hs, room).await {
             Ok(Taken::Some) => continue,
             Ok(Taken::Nothing) => {}
             Ok(Taken::Postponed) => {
-                tokio::time::sleep(POSTPONED).await;
+                let _told_or_not = tokio::time::timeout(POSTPONED, settled).await;
                 continue;
             }
             Err(error) => {

@@ -535,6 +535,7 @@ impl Rooms<'_> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&job);
+        self.hs.workers().handshake_ended();
         outcome.ok_or_else(stopping)
     }
 
