@@ -550,9 +550,20 @@ impl KeyRing {
             let all: Vec<Wanted> = missing.values().flatten().cloned().collect();
             let servers: Vec<_> = missing.into_iter().collect();
             for some in servers.chunks(NOTARY_SERVERS_MAX) {
-                match self.ask_notary(notary, some).await {
+                let began = Instant::now();
+                let mut given = self.ask_notary(notary, some).await;
+                // As in `fetch`, but on this hang many servers' events.
+                if matches!(given, Err(Unfetched { broke: true, .. }))
+                    && began.elapsed() < FAILS_FAST
+                {
+                    tokio::time::sleep(RETRY_AFTER).await;
+                    given = self.ask_notary(notary, some).await;
+                }
+                match given {
                     Ok(rows) => self.learn(rows).await,
-                    Err(reason) => tracing::debug!(%notary, reason, "a notary is of no help"),
+                    Err(Unfetched { reason, .. }) => {
+                        tracing::debug!(%notary, reason, "a notary is of no help");
+                    }
                 }
             }
             missing = self.missing(&all, Purpose::Events);
@@ -563,7 +574,7 @@ impl KeyRing {
         &self,
         notary: &ServerName,
         servers: &[(ServerName, Vec<Wanted>)],
-    ) -> Result<Vec<StoredKey>, String> {
+    ) -> Result<Vec<StoredKey>, Unfetched> {
         let mut wanted: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
         let mut asked_for = BTreeSet::new();
         for (server, keys) in servers {
@@ -584,11 +595,19 @@ impl KeyRing {
         let answer: Value = self
             .inner
             .client
-            .request(call, NOTARY_BYTES_MAX)
+            .json(call, NOTARY_BYTES_MAX)
             .await
-            .map_err(|error| format!("{error:?}"))?;
-        let objects = answer["server_keys"].as_array().ok_or("no server_keys")?;
-        let notary_keys = self.notary_keys(notary).await?;
+            .map_err(|failure| Unfetched {
+                broke: matches!(failure, Failure::Transport(TransportError::Broken(_))),
+                reason: format!("{:?}", room::effect::AskError::from(failure)),
+            })?;
+        let useless = |reason: String| Unfetched {
+            broke: false,
+            reason,
+        };
+        let objects = answer["server_keys"].as_array();
+        let objects = objects.ok_or_else(|| useless("no server_keys".to_owned()))?;
+        let notary_keys = self.notary_keys(notary).await.map_err(useless)?;
         let mut rows = Vec::new();
         for object in objects.iter().filter_map(Value::as_object) {
             let Some(server) = object
@@ -603,7 +622,7 @@ impl KeyRing {
                 .iter()
                 .any(|(id, key)| verify_json(object, notary, id, &key.key).is_ok());
             if !vouched {
-                return Err(format!("it did not sign the keys of {server}"));
+                return Err(useless(format!("it did not sign the keys of {server}")));
             }
             match server_keys::read(object, &server, self.now_ms()) {
                 Ok(found) => rows.extend(found),
@@ -674,7 +693,12 @@ mod tests {
             Box::pin(async move {
                 // A round trip, so that two who ask at the same time can meet.
                 tokio::task::yield_now().await;
-                if to == "shaky" && self.asked.lock().unwrap().len() == 1 {
+                let so_far = self.asked.lock().unwrap().clone();
+                let shaky = so_far
+                    .iter()
+                    .filter(|asked| asked.starts_with("shaky "))
+                    .count();
+                if to == "shaky" && shaky == 1 {
                     return Err(TransportError::Broken("in the middle".into()));
                 }
                 if !self.up.contains(&to.as_str()) {
@@ -825,6 +849,16 @@ mod tests {
         let ring = ring("us", &world, &store, &[]);
         assert!(found(&ring, "shaky", NOW).await);
         assert_eq!(asked(&world).len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_notary_whose_connection_breaks_is_asked_again() {
+        let (world, store) = (world(&["shaky"], &["shaky"]), Arc::default());
+        let ring = ring("us", &world, &store, &["shaky"]);
+        assert!(found(&ring, "dead", NOW).await);
+        let query = "shaky /_matrix/key/v2/query";
+        let asked = asked(&world);
+        assert_eq!(asked[1..3], [query, query]);
     }
 
     #[tokio::test(start_paused = true)]
