@@ -11,6 +11,7 @@ use crate::resident::{Alone, Kept, Resident, ShapeArguments};
 use crate::servers::{Program, directory};
 use crate::table::{Figures, Row, Table, Unit};
 use crate::usage;
+use crate::wire::Faults;
 
 /// How long a server is watched after it knows all members.
 const AFTERWARDS: Duration = Duration::from_secs(30);
@@ -24,6 +25,8 @@ pub struct Arguments {
     shape: ShapeArguments,
     #[command(flatten)]
     contest: ContestArguments,
+    #[command(flatten)]
+    faults: Faults,
     /// Rooms of 1,000 to 100,000 members, and what an event costs in each.
     #[arg(long)]
     sweep: bool,
@@ -39,7 +42,8 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let title = format!("Joining {}", kept.describe());
     let table = Table::of(title, &servers);
     table.print();
-    println!("\n{}", conditions(&versions, arguments.contest.repeat));
+    let conditions = conditions(&versions, arguments.contest.repeat);
+    println!("\n{conditions}{}", arguments.faults.describe());
     table.save(&directory("bench")?, "join")
 }
 
@@ -115,7 +119,7 @@ async fn measure_all(
         let mut runs = Vec::new();
         for _ in 0..arguments.contest.repeat {
             println!("joining with {label}");
-            let (version, figures) = measure(&arguments.contest, &program, kept).await?;
+            let (version, figures) = measure(arguments, &program, kept).await?;
             if runs.is_empty() {
                 versions.push(version);
             }
@@ -129,13 +133,14 @@ async fn measure_all(
 }
 
 async fn measure(
-    contest: &ContestArguments,
+    arguments: &Arguments,
     program: &Program,
     kept: &Kept,
 ) -> anyhow::Result<(String, Figures)> {
+    let (contest, faults) = (&arguments.contest, arguments.faults);
     let http = http()?;
     let runs = directory("bench")?.join("join");
-    let resident = kept.run(&runs.join("resident"), &http).await?;
+    let resident = kept.run(&runs.join("resident"), &http, faults).await?;
     let home = runs.join(program.to_string());
     let joiner = contest
         .set_up(program, &home, &resident.server.name)

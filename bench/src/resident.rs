@@ -13,7 +13,7 @@ use crate::client::Client;
 use crate::generated::{self, Shape};
 use crate::servers::{Plan, Program, Running, Server, directory, vestibule};
 use crate::usage::now_ms;
-use crate::wire::Wire;
+use crate::wire::{Faults, Wire};
 
 /// Of the format that the generator writes; rooms of another one are made anew.
 const FORMAT: u32 = 2;
@@ -122,7 +122,12 @@ impl Kept {
     }
 
     /// A copy of the server, running behind a wire.
-    pub async fn run(&self, home: &Path, http: &reqwest::Client) -> anyhow::Result<Resident> {
+    pub async fn run(
+        &self,
+        home: &Path,
+        http: &reqwest::Client,
+        faults: Faults,
+    ) -> anyhow::Result<Resident> {
         clear(home)?;
         for file in std::fs::read_dir(&self.home)? {
             let file = file?;
@@ -137,7 +142,7 @@ impl Kept {
         let database = home.join("vestibule.db");
         let name = self.host.server_name();
         generated::publish_keys(&database, &name, self.servers, now_ms()?).await?;
-        let wire = Wire::lay(self.name_port, server.federation_port)
+        let wire = Wire::lay(self.name_port, server.federation_port, faults)
             .await
             .with_context(|| format!("port {} is in use", self.name_port))?;
         let running = server.start(http).await?;

@@ -17,6 +17,7 @@ use crate::resident::{Alone, Kept, ShapeArguments};
 use crate::servers::{Program, Running, Server, directory};
 use crate::table::{Figures, Table, Unit};
 use crate::usage;
+use crate::wire::Faults;
 
 /// How often each question is asked after the first time: once, and again while that is quick.
 const WARM_MAX: usize = 5;
@@ -127,7 +128,9 @@ async fn measure(
     let http = http()?;
     let runs = directory("bench")?.join("serve");
     let home = runs.join(program.to_string());
-    let first = kept.run(&runs.join("first"), &http).await?;
+    let first = kept
+        .run(&runs.join("first"), &http, Faults::default())
+        .await?;
     let server = contest.set_up(program, &home, &first.server.name).await?;
     let mut running = server.start(&http).await?;
     println!("{} joins, and is asked then", contest.label(program));
