@@ -48,14 +48,42 @@ pub(crate) fn add<'a>(c: &mut dyn Conn, stored: impl IntoIterator<Item = Edges<'
     c.execute_many(INSERT, &rows).map(drop)
 }
 
-/// Whether one of the events for which `agreed` holds has this event in its auth chain.
+/// Those of these events that are in the auth chain of one for which `agreed` holds.
 ///
-/// Costs the state events above it that are not agreed on; mostly there are few, or one that is comes soon.
-pub(crate) fn any_stands_on(
+/// Costs the state events above them that are not agreed on, each once; mostly there are few, or one that
+/// is comes soon.
+pub(crate) fn stood_on(
+    c: &mut dyn Conn,
+    events: &BTreeSet<EventNid>,
+    agreed: &dyn Fn(EventNid, KeyNid) -> bool,
+) -> Result<BTreeSet<EventNid>> {
+    let mut known = Known::default();
+    // What is above others was mostly stored after them, and what is known of it serves for these.
+    for event in events.iter().rev() {
+        any_stands_on(c, *event, agreed, &mut known)?;
+    }
+    known.carrying.retain(|event| events.contains(event));
+    Ok(known.carrying)
+}
+
+/// What has been found out so far.
+#[derive(Default)]
+struct Known {
+    /// Something agreed on stands on these.
+    carrying: BTreeSet<EventNid>,
+    /// Nothing does on these.
+    bare: BTreeSet<EventNid>,
+}
+
+fn any_stands_on(
     c: &mut dyn Conn,
     event: EventNid,
     agreed: &dyn Fn(EventNid, KeyNid) -> bool,
-) -> Result<bool> {
+    known: &mut Known,
+) -> Result<()> {
+    if known.bare.contains(&event) || known.carrying.contains(&event) {
+        return Ok(());
+    }
     let mut seen = BTreeSet::from([event]);
     let mut open = VecDeque::from([(event, i64::MAX)]);
     while let Some((nid, before)) = open.pop_front() {
@@ -75,10 +103,11 @@ pub(crate) fn any_stands_on(
                     return Err(Error::corrupt("a pair of numbers is none"));
                 };
                 let key = u32::try_from(key).map_err(|_| Error::corrupt("a state key's number"))?;
-                if agreed(above, KeyNid(key)) {
-                    return Ok(true);
+                if agreed(above, KeyNid(key)) || known.carrying.contains(&above) {
+                    known.carrying.insert(event);
+                    return Ok(());
                 }
-                if seen.insert(above) {
+                if !known.bare.contains(&above) && seen.insert(above) {
                     open.push_back((above, i64::MAX));
                 }
             }
@@ -87,7 +116,8 @@ pub(crate) fn any_stands_on(
             open.push_back((nid, *last));
         }
     }
-    Ok(false)
+    known.bare.append(&mut seen);
+    Ok(())
 }
 
 /// Forgets whatever stands on the events that these name.

@@ -373,13 +373,8 @@ fn shared(
     let agreed = |nid: EventNid, key: KeyNid| {
         !differing.contains(&key) && maps.first().and_then(|map| map.get(key)) == Some(nid)
     };
-    let mut shared = BTreeSet::new();
-    for nid in state_resolution::in_question(maps, set, also) {
-        if auth_above::any_stands_on(c, nid, &agreed)? {
-            shared.insert(nid);
-        }
-    }
-    Ok(shared)
+    let in_question = state_resolution::in_question(maps, set, also);
+    auth_above::stood_on(c, &in_question, &agreed)
 }
 
 fn set_of(
