@@ -1,12 +1,15 @@
 //! Invites over federation: U-31 to U-33, U-44, U-47, and those of U-52 that are unwanted.
 
+use protocol::id::ServerName;
 use protocol::room_version::RoomVersion;
+use protocol::signature::SigningKey;
 use serde_json::{Value, json};
 
 use crate::dag::{Room, member};
 use crate::stage::Stage;
 use crate::ways::{
-    content, invite, join_refused, pair, put_out, refusal, until_event, until_invited, until_member,
+    content, invite, join_refused, pair, put_out, refusal, set, until_event, until_invited,
+    until_member,
 };
 use crate::world::User;
 
@@ -287,6 +290,70 @@ async fn r_64_an_invite_that_is_not_taken_is_not_sent_to_the_room() {
         let member = crate::ways::state_path(&room, "m.room.member", &guest);
         assert_eq!(alice.refused("GET", &member, Value::Null).await.0, 404);
     }
+}
+
+#[tokio::test]
+async fn r_65_an_invite_to_an_identifier_becomes_one_to_its_user() {
+    let stage = Stage::set().await;
+    let alice = stage.here.register("alice").await;
+    let private = json!({ "preset": "private_chat" });
+    let room = alice.create_room(private).await;
+    let identity = ServerName::parse("identity.test").unwrap();
+    let key = SigningKey::generate([5; 32], "0").unwrap();
+    let offer = json!({
+        "display_name": "g...@mail.test",
+        "key_validity_url": "https://identity.test/valid",
+        "public_key": key.public_base64(),
+        "public_keys": [{ "public_key": key.public_base64() }],
+    });
+    set(
+        &alice,
+        &room,
+        "m.room.third_party_invite",
+        "the-token",
+        offer,
+    )
+    .await;
+
+    let guest = stage.resident.user("guest");
+    let exchange = async |mxid: &str, token: &str, by: &SigningKey| {
+        let signed = json!({ "mxid": mxid, "token": token });
+        let mut signed = signed.as_object().unwrap().clone();
+        by.sign_json(&mut signed, &identity).unwrap();
+        let event = json!({
+            "type": "m.room.member",
+            "room_id": room,
+            "sender": alice.id,
+            "state_key": guest,
+            "content": {
+                "membership": "invite",
+                "third_party_invite": { "display_name": "guest", "signed": signed },
+            },
+        });
+        let path = format!("/_matrix/federation/v1/exchange_third_party_invite/{room}");
+        stage.resident.put(&stage.here.name, path, event).await
+    };
+    let liar = SigningKey::generate([6; 32], "0").unwrap();
+    for (what, mxid, token, by) in [
+        ("another's signature", &guest, "the-token", &liar),
+        ("another token", &guest, "no-token", &key),
+        (
+            "another user",
+            &stage.resident.user("eve"),
+            "the-token",
+            &key,
+        ),
+    ] {
+        let refused = refusal(exchange(mxid, token, by).await);
+        assert_eq!(refused, (403, "M_FORBIDDEN".to_owned()), "{what}");
+    }
+    assert_eq!(stage.resident.take_asked("invite"), 0);
+    let answer = exchange(&guest, "the-token", &key).await.unwrap();
+    assert_eq!(answer, json!({}));
+    assert_eq!(stage.resident.take_asked("invite"), 1);
+    let invited = until_member(&alice, &room, &guest, "invite").await;
+    let proof = &invited["third_party_invite"]["signed"];
+    assert_eq!(proof["token"], "the-token");
 }
 
 const FILTER: &str = "org.matrix.msc4155.invite_permission_config";
