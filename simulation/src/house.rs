@@ -633,6 +633,17 @@ impl World {
         }
     }
 
+    /// Until there is nothing more to tell.
+    async fn catch_up(&self, follower: &mut Follower) -> Result<(), String> {
+        for _ in 0..TRIES_MAX {
+            if follower.sync(0).await? == Some(false) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Err(format!("{} never catches up", follower.user.id))
+    }
+
     // -- the laws ----------------------------------------------------------------------------------
 
     async fn judge(&self) -> Result<Run, String> {
@@ -652,7 +663,7 @@ impl World {
             let Some(mut follower) = place.lock().await.take() else {
                 continue;
             };
-            while follower.sync(0).await? != Some(false) {}
+            self.catch_up(&mut follower).await?;
             let here = laws::holding(&self.servers[n], &self.room).await?;
             let joined = here.is_some_and(|here| {
                 let mut joined = here.local_joined.iter();
