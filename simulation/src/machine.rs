@@ -8,8 +8,8 @@ use std::time::Duration;
 use protocol::id::{EventId, ServerName};
 use protocol::pdu::Pdu;
 use room::effect::{
-    Answer, Ask, AskError, Effect, Handshake, Input, Machine, Now, RawPdu, Section, SentJoin, Tell,
-    Ticket,
+    Answer, Ask, AskError, BadPdu, Effect, Fault, Handshake, Input, Machine, Now, RawPdu, Section,
+    SentJoin, Tell, Ticket,
 };
 use room::join::{Intent, Join, JoinOptions, JoinRequest};
 use room::rest::Rest;
@@ -75,6 +75,8 @@ struct World<'a> {
     rest: Option<Box<Rest>>,
     /// Since the rest is here, and all is well.
     nobody_need_be_asked: bool,
+    /// No notary can be reached until then.
+    no_keys_until: Duration,
     /// Single events asked for in one resync.
     events_asked: u64,
     trace: String,
@@ -108,6 +110,7 @@ impl<'a> World<'a> {
             whole_answers: seed % 5 == 3 || seed.is_multiple_of(80),
             rest: None,
             nobody_need_be_asked: false,
+            no_keys_until: Duration::ZERO,
             events_asked: 0,
             trace: String::new(),
             broken: None,
@@ -235,6 +238,9 @@ impl<'a> World<'a> {
             let liar = self.chance.pick(residents).cloned();
             self.liar = liar.filter(|_| lies);
             self.events_asked = 0;
+            // Shorter than the resync's patience.
+            let no_keys = self.faults > 0 && self.chance.percent(20);
+            self.no_keys_until = self.now + self.chance.millis(0, 20_000) * u32::from(no_keys);
             let mut resync = Resync::new(own, room, options, seed, self.now());
             if let Some(rest) = self.rest.take() {
                 resync.take(rest, self.now());
@@ -329,6 +335,16 @@ impl<'a> World<'a> {
                 let check = |raw: &RawPdu| match known.get(raw) {
                     Some(pdu) => Ok(pdu.clone()),
                     None => fixture::check(raw, version),
+                };
+                let keyless = |pdu: Arc<Pdu>| BadPdu {
+                    event_id: Some(pdu.event_id.clone()),
+                    reason: "no notary".to_owned(),
+                    fault: Fault::Unvouched,
+                };
+                let no_keys = self.now < self.no_keys_until;
+                let check = |raw: &RawPdu| match check(raw) {
+                    Ok(pdu) if no_keys && &*pdu.kind == "m.room.member" => Err(keyless(pdu)),
+                    checked => checked,
                 };
                 let pdus = pdus.iter().map(check).collect();
                 let delay = self.chance.millis(1, 50);

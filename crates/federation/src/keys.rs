@@ -3,6 +3,7 @@
 //! <https://spec.matrix.org/v1.18/server-server-api/#retrieving-server-keys>
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -108,9 +109,15 @@ struct Asked {
 #[derive(Clone, Debug, Default)]
 pub struct KeySet {
     servers: BTreeMap<ServerName, Arc<KnownKeys>>,
+    unvouched: bool,
 }
 
 impl KeySet {
+    /// Whether keys are lacking since no notary could be asked for them: later there may be more.
+    pub fn is_unvouched(&self) -> bool {
+        self.unvouched
+    }
+
     pub fn get(&self, server: &ServerName, key_id: &str) -> Option<&KnownKey> {
         self.servers.get(server)?.get(key_id)
     }
@@ -315,6 +322,7 @@ impl KeyRing {
         self.load(&servers).await;
 
         let missing = self.missing(wanted, purpose);
+        let mut unvouched = false;
         if !missing.is_empty() {
             let flights: Vec<Flight> = missing
                 .keys()
@@ -329,8 +337,10 @@ impl KeyRing {
             let _ = tokio::time::timeout_at(patience, direct.clone()).await;
             let missing = self.missing(wanted, purpose);
             if !missing.is_empty() && !self.inner.notaries.is_empty() {
-                let both = futures::future::join(direct, self.ask_notaries(missing));
+                let heard = AtomicBool::new(false);
+                let both = futures::future::join(direct, self.ask_notaries(missing, &heard));
                 let _ = tokio::time::timeout_at(until, both).await;
+                unvouched = !heard.load(Ordering::Relaxed);
             }
         }
         KeySet {
@@ -338,6 +348,7 @@ impl KeyRing {
                 .into_iter()
                 .filter_map(|server| Some((server.clone(), self.known(&server)?)))
                 .collect(),
+            unvouched,
         }
     }
 
@@ -540,8 +551,14 @@ impl KeyRing {
     }
 
     /// Asks one notary after the other for what is still missing.
-    async fn ask_notaries(&self, mut missing: BTreeMap<ServerName, Vec<Wanted>>) {
+    /// `heard` is set once a notary has told all that it knows.
+    async fn ask_notaries(
+        &self,
+        mut missing: BTreeMap<ServerName, Vec<Wanted>>,
+        heard: &AtomicBool,
+    ) {
         for notary in &self.inner.notaries {
+            let mut told_all = true;
             // Nobody vouches for itself this way.
             missing.remove(notary);
             if missing.is_empty() {
@@ -562,10 +579,12 @@ impl KeyRing {
                 match given {
                     Ok(rows) => self.learn(rows).await,
                     Err(Unfetched { reason, .. }) => {
+                        told_all = false;
                         tracing::debug!(%notary, reason, "a notary is of no help");
                     }
                 }
             }
+            heard.fetch_or(told_all, Ordering::Relaxed);
             missing = self.missing(&all, Purpose::Events);
         }
     }

@@ -56,6 +56,7 @@ async fn check_batch(
     } else {
         Verification::Single
     };
+    let unvouched = keys.is_unvouched();
     let entropy: [u8; 32] = rand::random();
     on_cpu(hs, move || {
         let good: Vec<(&Pdu, &str)> = parsed
@@ -74,6 +75,7 @@ async fn check_batch(
                         event_id: Some(pdu.event_id.clone()),
                         reason: error.to_string(),
                         fault: match error {
+                            SignatureError::UnknownKey(_) if unvouched => Fault::Unvouched,
                             SignatureError::UnknownKey(_) => Fault::NoKey,
                             _ => Fault::Signature,
                         },

@@ -438,6 +438,8 @@ pub enum Fault {
     Signature,
     /// No key is to be had for a signature; another copy fares no better.
     NoKey,
+    /// Nobody who may know the key could be asked: later it may be had.
+    Unvouched,
 }
 
 // -- Commit ---------------------------------------------------------------------------------------

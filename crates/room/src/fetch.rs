@@ -83,6 +83,8 @@ pub(crate) enum Unfetched {
     /// It answered with a refusal: it may not have seen our join so far (S-23).
     Refused(String),
     Unreachable(String),
+    /// It gave what it has, but nobody could be asked for the keys of some of it.
+    Unvouched,
 }
 
 pub(crate) struct Fetch {
@@ -110,6 +112,9 @@ pub(crate) struct Fetch {
     auth: BTreeMap<EventId, Found>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
+    /// Verified while a thought about those that wait was under way. They come to these after it: a thought
+    /// whose matter grows would never come to its end.
+    arrived: Vec<Arc<Pdu>>,
     /// Events of one commit.
     chunk: usize,
     /// How many have to wait before they are looked at.
@@ -119,6 +124,9 @@ pub(crate) struct Fetch {
     tried: BTreeMap<EventId, usize>,
     /// Events of which a second copy would be no better.
     hopeless: BTreeSet<EventId>,
+    /// Whether it is worth another try when keys could not be asked for, and the events in question.
+    patient: bool,
+    unvouched: BTreeSet<EventId>,
     /// Events that the source of the ids could not be asked for: another time it may be.
     unreached: BTreeSet<EventId>,
     /// Checks of PDUs that have come, with the section of those that were given.
@@ -255,11 +263,14 @@ impl Fetch {
             stored: BTreeMap::new(),
             auth: BTreeMap::new(),
             waiting: Pdus::new(),
+            arrived: Vec::new(),
             chunk: CHUNK,
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
             hopeless: BTreeSet::new(),
+            patient: false,
+            unvouched: BTreeSet::new(),
             unreached: BTreeSet::new(),
             checks: BTreeMap::new(),
             given: VecDeque::new(),
@@ -268,6 +279,11 @@ impl Fetch {
             asked_ahead: BTreeSet::new(),
             asked_for_state: 0,
         }
+    }
+
+    /// Fails rather than to leave out what has no key for now.
+    pub fn patiently(self, patient: bool) -> Self {
+        Self { patient, ..self }
     }
 
     /// Commits at most this many events at a time.
@@ -293,7 +309,8 @@ impl Fetch {
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
         let storing = matches!(self.stage, Stage::Storing(..));
-        self.checks.len() < CHECKS_MAX && !(storing && self.waiting.len() >= self.flush_at)
+        let kept = self.waiting.len() + self.arrived.len();
+        self.checks.len() < CHECKS_MAX && !(storing && kept >= self.flush_at)
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -460,7 +477,11 @@ impl Fetch {
                 }
             }
             // Nobody's copy is better as long as there is no key.
-            if fault == Some(Fault::NoKey) && self.wanted.contains(&id) {
+            let keyless = matches!(fault, Some(Fault::NoKey | Fault::Unvouched));
+            if keyless && self.wanted.contains(&id) {
+                if fault == Some(Fault::Unvouched) && self.patient {
+                    self.unvouched.insert(id.clone());
+                }
                 self.hopeless.insert(id);
             }
             let Ok(pdu) = pdu else {
@@ -478,7 +499,7 @@ impl Fetch {
                 if self.asked_ahead.contains(id) {
                     self.flush_at = self.chunk;
                 }
-                self.waiting.insert(pdu.event_id.clone(), pdu);
+                self.arrived.push(pdu);
             }
         }
     }
@@ -547,14 +568,26 @@ impl Fetch {
             && self.given.is_empty()
             && self.body.is_none()
             && self.ahead.is_empty()
+            && self.arrived.is_empty()
     }
 
     /// Thinks once nothing is on its way, or there is enough to be stored.
     fn think_if_idle(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
-        let ready = self.is_idle() || self.waiting.len() >= self.flush_at;
-        match self.stage {
-            Stage::Thinking if ready && !self.facts.is_waiting() => self.think(out, now),
-            _ => None,
+        if !matches!(self.stage, Stage::Thinking) || self.facts.is_waiting() {
+            return None;
+        }
+        self.take_arrived();
+        match self.is_idle() || self.waiting.len() >= self.flush_at {
+            true => self.think(out, now),
+            false => None,
+        }
+    }
+
+    fn take_arrived(&mut self) {
+        for pdu in std::mem::take(&mut self.arrived) {
+            if !self.stored.contains_key(&pdu.event_id) {
+                self.waiting.insert(pdu.event_id.clone(), pdu);
+            }
         }
     }
 
@@ -586,6 +619,8 @@ impl Fetch {
                 }
                 None
             }
+            // What came meanwhile may be what is waited for.
+            Thought::Wait if !self.arrived.is_empty() => self.think_if_idle(out, now),
             Thought::Wait => None,
             Thought::AskEvents(ids) => {
                 let (mut asks, mut queue) = (BTreeMap::new(), ids.into());
@@ -839,6 +874,10 @@ impl Fetch {
     }
 
     fn build(&self, create: Option<KeyNid>) -> Result<Fetched, Unfetched> {
+        let absent = |id: &EventId| !self.stored.contains_key(id);
+        if self.unvouched.iter().any(absent) {
+            return Err(Unfetched::Unvouched);
+        }
         // A lost answer is no hole: what is stored stays, and the source is asked again some time.
         if self
             .unreached

@@ -32,6 +32,9 @@ const SOURCES_MAX: usize = 50;
 /// After all have failed: this long, then twice that, and so on (S-22).
 const REST_MIN: Duration = Duration::from_secs(5);
 const REST_MAX: Duration = Duration::from_secs(3600);
+/// Rounds in which events without a key are waited for when no notary can be asked; one notary that is never
+/// there must not keep a room partial for ever (S-6a).
+const UNVOUCHED_ROUNDS_MAX: u32 = 3;
 /// While a handshake of ours runs the marker must stay (S-12a).
 const HANDSHAKE_REST: Duration = Duration::from_millis(500);
 /// After this long with nobody of ours in the room a partial room is given up (S-29).
@@ -340,7 +343,8 @@ impl Resync {
         let compare = self.options.compare_donors;
         let (version, wanted) = (head.version, event.clone());
         let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out)
-            .in_chunks_of(self.options.chunk);
+            .in_chunks_of(self.options.chunk)
+            .patiently(self.rounds_failed < UNVOUCHED_ROUNDS_MAX);
         self.state = State::Fetching(Box::new(fetch), Goal::After(event));
         self.tell(Step::Resyncing {
             from: source,
@@ -369,7 +373,8 @@ impl Resync {
         let (room, version) = (self.room.clone(), head.version);
         let (join, from) = (rest.join.clone(), rest.from.clone());
         let fetch = Fetch::given(room, version, *rest, donors, &mut self.out, now)
-            .in_chunks_of(self.options.chunk);
+            .in_chunks_of(self.options.chunk)
+            .patiently(true);
         self.state = State::Fetching(Box::new(fetch), Goal::Before(join));
         self.tell(Step::Resyncing {
             from,
@@ -392,6 +397,10 @@ impl Resync {
                 self.answered.insert(join, taken);
             }
             Err(Unfetched::Refused(reason) | Unfetched::Unreachable(reason)) => {
+                self.tell(Step::Failed { server, reason });
+            }
+            Err(Unfetched::Unvouched) => {
+                let reason = "no notary can be asked for the keys of some events".to_owned();
                 self.tell(Step::Failed { server, reason });
             }
         }
@@ -482,6 +491,12 @@ impl Resync {
             Unfetched::Unreachable(reason) => {
                 round.unreachable = true;
                 reason
+            }
+            Unfetched::Unvouched => {
+                round.unreachable = true;
+                // The others have the same events.
+                self.sources.clear();
+                "no notary can be asked for the keys of some events".to_owned()
             }
         };
         round.last = format!("{source}: {reason}");
