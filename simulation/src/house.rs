@@ -291,9 +291,7 @@ impl World {
         self.network.make_peace();
         log::note(|| "peace".to_owned());
         for server in &self.servers {
-            if !server.is_up() {
-                server.boot().await;
-            }
+            server.boot().await;
         }
         while let Some(done) = acts.join_next().await {
             done.map_err(|error| format!("an act panicked: {error}"))?;
@@ -361,11 +359,8 @@ impl World {
             }
         }
         tokio::time::sleep(self.millis(0, 15_000)).await;
-        // Peace may have brought it up.
-        if !server.is_up() {
-            log::note(|| format!("s{n} starts"));
-            server.boot().await;
-        }
+        log::note(|| format!("s{n} starts"));
+        server.boot().await;
         Ok(())
     }
 
@@ -411,7 +406,8 @@ impl World {
 
     /// Somebody joins, perhaps beside the first user of the same server.
     async fn join_too(&self, n: usize, user: &User) -> Result<(), String> {
-        if n > 0 && self.way_in(n, WayIn::Open) != WayIn::Open && !self.is_in(n).await? {
+        if n > 0 && self.way_in(n, WayIn::Open) != WayIn::Open && self.is_in(n).await? != Some(true)
+        {
             return Ok(());
         }
         self.join(user).await.map(drop)
@@ -422,9 +418,14 @@ impl World {
         *lock(&self.ways_in).entry(n).or_insert(way)
     }
 
-    async fn is_in(&self, n: usize) -> Result<bool, String> {
-        let holding = laws::holding(&self.servers[n], &self.room).await?;
-        Ok(holding.is_some_and(|holding| !holding.local_joined.is_empty()))
+    /// Whether a server is in the room; `None` while it is down, when its store never answers.
+    async fn is_in(&self, n: usize) -> Result<Option<bool>, String> {
+        let holding = laws::holding(&self.servers[n], &self.room);
+        let Ok(holding) = tokio::time::timeout(Duration::from_secs(1), holding).await else {
+            return Ok(None);
+        };
+        let joined = |holding: laws::Holding| !holding.local_joined.is_empty();
+        Ok(Some(holding?.is_some_and(joined)))
     }
 
     /// The first user of a server joins, however often it takes.
@@ -520,7 +521,7 @@ impl World {
             "invite" => {
                 follows
                     && self.way_in(n, WayIn::Invited) == WayIn::Invited
-                    && !self.is_in(n).await?
+                    && self.is_in(n).await? == Some(false)
             }
             _ => !follows,
         };

@@ -41,6 +41,7 @@ pub struct Server {
     slow_store: u64,
     chance: Arc<Mutex<Chance>>,
     now: Mutex<Situation>,
+    booting: tokio::sync::Mutex<()>,
 }
 
 struct Situation {
@@ -100,6 +101,7 @@ impl Server {
                 store: store.expect("a new database opens"),
                 life: None,
             }),
+            booting: tokio::sync::Mutex::default(),
         };
         server.boot().await;
         server
@@ -109,8 +111,12 @@ impl Server {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new life on what the last one left in the store.
+    /// A new life on what the last one left in the store, unless it lives.
     pub async fn boot(&self) {
+        let _one_at_a_time = self.booting.lock().await;
+        if self.is_up() {
+            return;
+        }
         let end = CancellationToken::new();
         let executor = executor(&end, &self.chance, self.slow_store);
         let store = {
