@@ -474,6 +474,8 @@ impl Resync {
                 self.sources.retain(|other| *other != source);
                 self.sources.insert(0, source);
             }
+            // All others have the same events, whoever of them was asked already.
+            Err(Unfetched::Unvouched) => self.note(&source, Unfetched::Unvouched),
             Err(failure) if fetch.failures().is_empty() => self.note(&source, failure),
             Err(_) => {}
         }
