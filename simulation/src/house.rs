@@ -628,10 +628,10 @@ impl World {
             return Ok(());
         };
         let joined = |user: &&User| here.local_joined.iter().any(|id| id.as_str() == user.id);
-        match self.users[n].iter().find(joined) {
-            Some(user) => self.say(n, user, "peace").await,
-            None => Ok(()),
+        for user in self.users[n].iter().filter(joined) {
+            self.say(n, user, "peace").await?;
         }
+        Ok(())
     }
 
     /// Until there is nothing more to tell.

@@ -99,6 +99,8 @@ pub struct Follower {
     room: String,
     filter: String,
     since: Option<String>,
+    /// The token of the last answer that told of the room.
+    told: Option<String>,
     /// Event ids as /sync and the pages between gave them, since the room came into view.
     pub seen: Vec<String>,
     known: BTreeSet<String>,
@@ -124,6 +126,7 @@ impl Follower {
             room: room.to_owned(),
             filter: encode(&filter.to_string()),
             since: None,
+            told: None,
             seen: Vec::new(),
             known: BTreeSet::new(),
             from: 0,
@@ -160,6 +163,9 @@ impl Follower {
         if !joined.is_null() && !self.take(joined, position).await? {
             // A gap could not be filled: a client that is not sure begins again from the same token.
             return Ok(None);
+        }
+        if !joined.is_null() {
+            self.told = Some(next.clone());
         }
         if left {
             self.in_view = false;
@@ -246,9 +252,11 @@ impl Follower {
         Ok(())
     }
 
-    /// What a limited timeline left out, oldest first.
+    /// What a limited timeline left out, oldest first. It begins where the room was last told of, which may be
+    /// before `since`: a resolution can undo the user's join, and another bring it back, and of what came in
+    /// between only the second tells, as of a gap.
     async fn between(&self, from: &str) -> Result<Option<Vec<Value>>, String> {
-        let to = self.since.as_deref().unwrap_or_default();
+        let to = self.told.as_deref().unwrap_or_default();
         let walk = walk(&self.user, &self.room, Some(from), Some(to)).await?;
         Ok(walk.map(|mut events| {
             events.reverse();
