@@ -212,6 +212,7 @@ async fn intern(
 const INSERT_ROOM: &str =
     "INSERT INTO rooms (nid, room_id, version, revision, state_root, next_key)
     VALUES ($1, $2, $3, 0, 0, 0)";
+const SET_VERSION: &str = "UPDATE rooms SET version = $2 WHERE nid = $1";
 const INSERT_ID: &str =
     "INSERT INTO event_ids (nid, event_id) VALUES ($1, $2) ON CONFLICT (event_id) DO NOTHING";
 const TAKE_KEYS: &str =
@@ -220,8 +221,14 @@ const INSERT_KEY: &str =
     "INSERT INTO state_keys (room_nid, key_nid, kind, state_key) VALUES ($1, $2, $3, $4)";
 
 /// The room's number, given out if it has none yet.
+///
+/// Of what version a room is says its create event. Until that is here there is only somebody's word for it, a
+/// template's or an invite's, and the last one counts: the first may have been a lie.
 pub(crate) fn room_row(c: &mut dyn Conn, room: &RoomId, version: RoomVersion) -> Result<RoomNid> {
     if let Some(row) = rooms::by_id(c, room)? {
+        if row.revision == 0 && row.version != version {
+            c.execute(SET_VERSION, &[&row.nid, &version.as_str()])?;
+        }
         return Ok(row.nid);
     }
     let nid = sequence::reserve(c, Sequence::Rooms, 1)?.start;

@@ -37,6 +37,7 @@ laws!(
     a_partial_room_becomes_full,
     a_purged_room_can_be_joined_again,
     a_reader_sees_one_snapshot,
+    a_room_has_the_version_that_its_state_came_with,
     a_room_reads_back_as_it_was_written,
     a_second_marker_changes_nothing_and_a_freed_room_has_none,
     a_stale_write_set_writes_nothing,

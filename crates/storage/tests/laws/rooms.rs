@@ -501,6 +501,28 @@ pub async fn an_outlier_can_be_given_a_place_once(database: &Database) {
     assert_eq!(place(&fixture).await, Place::Timeline);
 }
 
+/// J-54: one server's template may name a wrong version, and the next join goes by another's.
+pub async fn a_room_has_the_version_that_its_state_came_with(database: &Database) {
+    let mut fixture = Fixture::new(database).await;
+    let room = fixture.room.clone();
+    let version = async |fixture: &Fixture| {
+        let room = fixture.room.clone();
+        let read = move |c: &mut dyn Conn| rooms::by_id(c, &room);
+        let row = fixture.store.read(read).await.unwrap();
+        row.expect("something was written").version
+    };
+    let lie = WriteSet::new(room, RoomVersion::V2);
+    fixture.commit(lie.clone()).await.unwrap();
+    assert_eq!(version(&fixture).await, RoomVersion::V2);
+    let content = json!({"room_version": "11"});
+    fixture
+        .say("@alice:localhost", "m.room.create", Some(""), content)
+        .await;
+    assert_eq!(version(&fixture).await, VERSION);
+    fixture.commit(lie).await.unwrap();
+    assert_eq!(version(&fixture).await, VERSION);
+}
+
 pub async fn a_whole_copy_takes_the_place_of_a_redacted_one(database: &Database) {
     let mut fixture = Fixture::joined(database).await;
     let (made, state) = fixture
