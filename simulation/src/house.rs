@@ -34,6 +34,8 @@ const WAR_S: (u64, u64) = (15, 70);
 const PATIENCE: Duration = Duration::from_secs(12 * 3600);
 /// After so long in peace, users of a room that does not become full see that nothing comes, and leave.
 const DESPAIR: Duration = Duration::from_secs(4 * 3600);
+/// How often the creator opens the room while somebody waits before it.
+const OPEN_EVERY: Duration = Duration::from_secs(60);
 /// How often every server speaks in the end.
 const ROUNDS_OF_TALK: usize = 3;
 /// How often a client sends what is not answered.
@@ -296,10 +298,7 @@ impl World {
         while let Some(done) = acts.join_next().await {
             done.map_err(|error| format!("an act panicked: {error}"))?;
         }
-        self.open_the_room().await?;
-        while let Some(done) = joins.join_next().await {
-            done.map_err(|error| format!("a join panicked: {error}"))?;
-        }
+        self.let_in(joins).await?;
         self.settle().await?;
         for _ in 0..ROUNDS_OF_TALK {
             for n in 0..self.servers.len() {
@@ -563,6 +562,23 @@ impl World {
     }
 
     // -- peace -------------------------------------------------------------------------------------
+
+    /// Until those who follow have come in. The creator opens the room more than once: a moderator may have closed
+    /// it, and the creator's server takes it for open until it hears of that.
+    async fn let_in(&self, mut joins: JoinSet<()>) -> Result<(), String> {
+        loop {
+            self.open_the_room().await?;
+            let all = async {
+                while let Some(done) = joins.join_next().await {
+                    done.map_err(|error| format!("a join panicked: {error}"))?;
+                }
+                Ok(())
+            };
+            if let Ok(done) = tokio::time::timeout(OPEN_EVERY, all).await {
+                return done;
+            }
+        }
+    }
 
     /// The creator lets everybody in again, so that those who follow can come back.
     async fn open_the_room(&self) -> Result<(), String> {
