@@ -300,6 +300,7 @@ impl World {
         }
         self.let_in(joins).await?;
         self.settle().await?;
+        let peace = Instant::now();
         for _ in 0..ROUNDS_OF_TALK {
             for n in 0..self.servers.len() {
                 self.talk(n).await?;
@@ -307,7 +308,7 @@ impl World {
             self.settle().await?;
         }
         following.shutdown().await;
-        self.judge().await
+        self.judge(peace).await
     }
 
     async fn make_war(self: &Arc<Self>, acts: &mut JoinSet<()>) {
@@ -663,7 +664,8 @@ impl World {
 
     // -- the laws ----------------------------------------------------------------------------------
 
-    async fn judge(&self) -> Result<Run, String> {
+    /// `peace`: since when nothing was owed.
+    async fn judge(&self, peace: Instant) -> Result<Run, String> {
         if let Some(broken) = self.broken() {
             return Err(broken);
         }
@@ -671,6 +673,11 @@ impl World {
         let promised = lock(&self.promised).clone();
         for (n, ids) in &promised {
             laws::check_promised(&self.servers[*n], ids).await?;
+        }
+        for (n, server) in self.servers.iter().enumerate() {
+            laws::check_auth(server, &self.room).await?;
+            let taken = self.network.promises(&server.name);
+            laws::check_taken(server, &taken, in_room.contains(&n), peace).await?;
         }
         let mut all = Vec::new();
         for n in &in_room {
@@ -699,6 +706,10 @@ impl World {
             laws::check_view(&follower, &self.room).await?;
             laws::check_told_state(&follower, &self.room).await?;
             laws::check_history(&follower.user, &self.room, &all).await?;
+            // What could not be used as it came has been fetched as history by then.
+            let taken = self.network.promises(&self.servers[n].name);
+            let taken: Vec<_> = taken.into_iter().map(|promise| promise.event).collect();
+            laws::check_promised(&self.servers[n], &taken).await?;
         }
         let said = lock(&self.said).clone();
         laws::check_said_once(&self.servers[0], &self.room, &said).await?;

@@ -4,14 +4,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use protocol::auth;
 use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
+use protocol::room_version::RoomVersion;
+use protocol::signature::{self, Keys, VerifyKey};
 use room::effect::Place;
 use storage::events::{Standing, Status};
 use storage::{Conn, events, queues, rooms, states, timeline};
+use tokio::time::Instant;
 
 use super::client::{self, Follower, User};
+use super::network::Promise;
 use super::server::Server;
+use crate::fixture;
 
 /// What a server holds of the room.
 pub struct Holding {
@@ -199,6 +206,128 @@ pub async fn check_promised(server: &Server, promised: &[EventId]) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Law 3 between servers, before anybody looks into the past. A handshake that was answered is an event with a
+/// place, whatever became of the room. What comes in a transaction is dropped by a server that is not in the room
+/// (P-24), and for now by one that has the room only from later on, or can not get what the event stands on (P-14,
+/// P-19). But since `peace` there is nothing that could excuse a server in the room. Of all that came before it
+/// is asked once a client has walked back through the history.
+pub async fn check_taken(
+    server: &Server,
+    promises: &[Promise],
+    in_room: bool,
+    peace: Instant,
+) -> Result<(), String> {
+    let firm = promises
+        .iter()
+        .filter(|promise| promise.handshake || in_room && promise.at >= peace);
+    let firm: Vec<_> = firm.map(|promise| promise.event.clone()).collect();
+    check_promised(server, &firm).await
+}
+
+/// The states that a server has of a room that is full.
+struct States {
+    version: RoomVersion,
+    current: Vec<EventNid>,
+    /// What is in them, and what that stands on.
+    events: BTreeMap<EventNid, (Arc<Pdu>, Status)>,
+    /// What is in the current one, or in that before or after an event that was not judged on less.
+    all: BTreeSet<EventNid>,
+}
+
+async fn states_of(server: &Server, room: &RoomId) -> Result<Option<States>, String> {
+    let room = room.clone();
+    let found = read(server, move |c| {
+        let Some(row) = timeline::room(c, &room)?.filter(|row| !row.partial) else {
+            return Ok(None);
+        };
+        let current: Vec<_> = row.state.iter().map(|(_, event)| event).collect();
+        let mut all: BTreeSet<_> = current.iter().copied().collect();
+        let placed = timeline::newest(c, row.nid, i64::MIN, i64::MAX, i64::MAX)?;
+        let nids: Vec<_> = placed.iter().map(|event| event.nid).collect();
+        let mut firm = events::statuses(c, &nids)?;
+        firm.retain(|_, status| !status.partial && !status.given_up);
+        for event in placed.iter().filter(|event| firm.contains_key(&event.nid)) {
+            let states = event.before.iter().chain(event.after.iter());
+            all.extend(states.map(|(_, event)| event));
+        }
+        let mut pdus = events::pdus(c, &all.iter().copied().collect::<Vec<_>>())?;
+        let stood_on = pdus.values().flat_map(|pdu| pdu.auth_events.clone());
+        let stood_on: BTreeSet<EventId> = stood_on.collect();
+        let stood_on = events::nids(c, &stood_on.into_iter().collect::<Vec<_>>())?;
+        pdus.extend(events::pdus(
+            c,
+            &stood_on.into_values().collect::<Vec<_>>(),
+        )?);
+        let stands = events::statuses(c, &pdus.keys().copied().collect::<Vec<_>>())?;
+        let events = pdus.into_iter();
+        let events = events.filter_map(|(nid, pdu)| Some((nid, (pdu, *stands.get(&nid)?))));
+        Ok(Some(States {
+            version: row.version,
+            current,
+            events: events.collect(),
+            all,
+        }))
+    });
+    found.await
+}
+
+/// Law 4: a room that is full has no rejected event in any state, and no forged one. What is in its current state
+/// passes the auth rules against its own auth events.
+pub async fn check_auth(server: &Server, room: &RoomId) -> Result<(), String> {
+    let name = &server.name;
+    let Some(states) = states_of(server, room).await? else {
+        return Ok(());
+    };
+    for nid in &states.all {
+        let found = states.events.get(nid);
+        let (pdu, status) = found.ok_or_else(|| format!("{name} has {nid:?} in a state alone"))?;
+        if status.standing == Standing::Rejected {
+            return Err(format!("{name} has {} in a state, rejected", pdu.event_id));
+        }
+        signature::verify_pdu(pdu, &AllKeys)
+            .map_err(|error| format!("{name} has {} in a state: {error}", pdu.event_id))?;
+    }
+    let events = states.events.values();
+    let by_id: BTreeMap<&EventId, (&Pdu, bool)> = events
+        .map(|(pdu, status)| {
+            (
+                &pdu.event_id,
+                (&**pdu, status.standing == Standing::Rejected),
+            )
+        })
+        .collect();
+    let current = states.current.iter().map(|nid| &*states.events[nid].0);
+    let create = current.clone().find(|pdu| &*pdu.kind == "m.room.create");
+    for pdu in current {
+        let id = &pdu.event_id;
+        let auth: Option<Vec<_>> = pdu
+            .auth_events
+            .iter()
+            .map(|id| by_id.get(id).copied())
+            .collect();
+        let auth = auth.ok_or_else(|| format!("{name} has {id} without its auth events"))?;
+        auth::check_auth_events(states.version, pdu, create, &auth)
+            .map_err(|refused| format!("{name} has {id} in its state: {refused}"))?;
+    }
+    Ok(())
+}
+
+/// Every server's key is known.
+struct AllKeys;
+
+impl Keys for AllKeys {
+    fn key(
+        &self,
+        server: &ServerName,
+        key_id: &str,
+        _at_ms: i64,
+        _version: RoomVersion,
+    ) -> Option<VerifyKey> {
+        let key = fixture::own(server.clone()).key;
+        (key.key_id() == key_id).then(|| key.verify_key())
+    }
 }
 
 async fn statuses(server: &Server, ids: &[EventId]) -> Result<BTreeMap<EventId, Status>, String> {

@@ -12,7 +12,8 @@ use federation::{Transport, TransportError};
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use protocol::id::ServerName;
+use protocol::id::{EventId, ServerName};
+use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
@@ -80,6 +81,17 @@ struct State {
     /// Who can not reach whom, and until when.
     partition: Option<(ServerName, ServerName, Instant)>,
     requests: u64,
+    /// Law 3: what each server said yes to, whether or not the answer arrived.
+    promises: BTreeMap<ServerName, Vec<Promise>>,
+}
+
+/// An event that a server took from another one.
+#[derive(Clone, Debug)]
+pub struct Promise {
+    pub event: EventId,
+    pub at: Instant,
+    /// Whether it came by the handshake of a join, leave or knock, and not in a transaction.
+    pub handshake: bool,
 }
 
 /// A life of a server, as others see it.
@@ -112,6 +124,7 @@ impl Network {
                 servers: BTreeMap::new(),
                 partition: None,
                 requests: 0,
+                promises: BTreeMap::new(),
             }),
         }
     }
@@ -149,6 +162,22 @@ impl Network {
 
     pub fn requests(&self) -> u64 {
         self.lock().requests
+    }
+
+    pub fn promises(&self, by: &ServerName) -> Vec<Promise> {
+        self.lock().promises.get(by).cloned().unwrap_or_default()
+    }
+
+    /// A server answered 200.
+    fn hear(&self, by: ServerName, path: &str, body: &Bytes) {
+        let (events, handshake) = taken(path, body);
+        let at = Instant::now();
+        let promises = events.into_iter().map(|event| Promise {
+            event,
+            at,
+            handshake,
+        });
+        self.lock().promises.entry(by).or_default().extend(promises);
     }
 
     /// Two servers can not reach each other for so long.
@@ -217,7 +246,7 @@ impl Transport for Link {
                 format!("#{number} {} asks {to} {method} {path}", self.own)
             });
             let patience = request.timeout;
-            let answer = tokio::time::timeout(patience, carry(fate, request));
+            let answer = tokio::time::timeout(patience, carry(self, fate, request));
             let answer = answer
                 .await
                 .unwrap_or(Err(TransportError::Timeout("no answer")));
@@ -230,7 +259,7 @@ impl Transport for Link {
     }
 }
 
-async fn carry(fate: Fate, request: Request) -> Result<Response, TransportError> {
+async fn carry(link: &Link, fate: Fate, request: Request) -> Result<Response, TransportError> {
     tokio::time::sleep(fate.there).await;
     let Some(doors) = fate.doors.filter(|doors| !doors.end.is_cancelled()) else {
         return Err(TransportError::Connect {
@@ -246,17 +275,14 @@ async fn carry(fate: Fate, request: Request) -> Result<Response, TransportError>
     }
     let patience = request.timeout;
     if let Some(later) = fate.again {
-        let (doors, request) = (doors.clone(), request.clone());
+        let serving = link.serve(doors.clone(), request.clone());
         tokio::spawn(async move {
             tokio::time::sleep(later).await;
-            let _nobody_waits = doors.serve(request).await;
+            let _nobody_waits = serving.await;
         });
     }
     // The server goes on when whoever asked has lost patience.
-    let serving = tokio::spawn({
-        let doors = doors.clone();
-        async move { doors.serve(request).await }
-    });
+    let serving = tokio::spawn(link.serve(doors.clone(), request));
     let (status, headers, body) = serving.await.unwrap_or_else(|_| Err(broken()))?;
     if fate.answer_lost {
         std::future::pending::<()>().await;
@@ -288,11 +314,46 @@ async fn carry(fate: Fate, request: Request) -> Result<Response, TransportError>
     })
 }
 
+type Served = Result<(StatusCode, HeaderMap, Bytes), TransportError>;
+
+impl Link {
+    /// Has a request of ours served, and notes what it was answered.
+    fn serve(&self, doors: Doors, request: Request) -> impl Future<Output = Served> + use<> {
+        let network = self.network.clone();
+        async move {
+            let (by, path) = (request.to.clone(), request.path_and_query.clone());
+            let served = doors.serve(request).await;
+            if let Ok((StatusCode::OK, _, body)) = &served {
+                network.hear(by, &path, body);
+            }
+            served
+        }
+    }
+}
+
+/// The events that an answer says yes to, and whether they came by a handshake.
+fn taken(path: &str, body: &Bytes) -> (Vec<EventId>, bool) {
+    let mut path = path.trim_start_matches("/_matrix/federation/").split('/');
+    match path.nth(1) {
+        Some("send_join" | "send_leave" | "send_knock") => {
+            let id = path.nth(1).and_then(|id| id.split('?').next());
+            let id = id.map(|id| id.replace("%24", "$").replace("%2F", "/"));
+            let id = id.and_then(|id| EventId::parse(&id).ok());
+            (id.into_iter().collect(), true)
+        }
+        Some("send") => {
+            let answer: Value = serde_json::from_slice(body).unwrap_or_default();
+            let results = answer["pdus"].as_object().into_iter().flatten();
+            let taken = results.filter(|(_, result)| result["error"].is_null());
+            let ids = taken.filter_map(|(id, _)| EventId::parse(id).ok());
+            (ids.collect(), false)
+        }
+        _ => (Vec::new(), false),
+    }
+}
+
 impl Doors {
-    async fn serve(
-        &self,
-        request: Request,
-    ) -> Result<(StatusCode, HeaderMap, Bytes), TransportError> {
+    async fn serve(&self, request: Request) -> Served {
         let body = Body::from(request.body.unwrap_or_default());
         let mut incoming = axum::http::Request::new(body);
         *incoming.method_mut() = request.method;
