@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod laws;
+mod lies;
 mod log;
 pub mod network;
 pub mod server;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use super::lies::Lies;
 use super::log;
 use crate::chance::Chance;
 
@@ -42,6 +43,16 @@ pub struct Faults {
     pub partition: u64,
     /// Of a user's acts: a server dies.
     pub crash: u64,
+    /// An answer with a PDU whose signature is not its server's.
+    pub forged_signature: u64,
+    /// A state without one of the events that it stands on.
+    pub missing_auth_event: u64,
+    /// A template that names another room version.
+    pub wrong_version: u64,
+    /// An answer to a join that has all members, and says that it has not.
+    pub members_omitted: u64,
+    /// One without members, and without the servers in the room.
+    pub servers_unnamed: u64,
 }
 
 impl Faults {
@@ -63,6 +74,11 @@ impl Faults {
             truncated_body: ratio(),
             partition: ratio(),
             crash: ratio(),
+            forged_signature: ratio(),
+            missing_auth_event: ratio(),
+            wrong_version: ratio(),
+            members_omitted: ratio(),
+            servers_unnamed: ratio(),
         }
     }
 }
@@ -113,6 +129,7 @@ struct Fate {
     refused: bool,
     drops: Option<Duration>,
     cut_at: Option<u64>,
+    lies: Lies,
 }
 
 impl Network {
@@ -217,6 +234,7 @@ impl Network {
             cut_at: chance
                 .percent(faults.truncated_body)
                 .then(|| chance.below(100)),
+            lies: Lies::draw(&faults, chance),
         }
     }
 }
@@ -281,9 +299,16 @@ async fn carry(link: &Link, fate: Fate, request: Request) -> Result<Response, Tr
             let _nobody_waits = serving.await;
         });
     }
+    let path = request.path_and_query.clone();
     // The server goes on when whoever asked has lost patience.
     let serving = tokio::spawn(link.serve(doors.clone(), request));
-    let (status, headers, body) = serving.await.unwrap_or_else(|_| Err(broken()))?;
+    let (status, headers, mut body) = serving.await.unwrap_or_else(|_| Err(broken()))?;
+    if status == StatusCode::OK
+        && let Some((instead, lies)) = fate.lies.tell(&path, &body)
+    {
+        log::note(|| format!("#{} {}", fate.number, lies.join(", ")));
+        body = instead;
+    }
     if fate.answer_lost {
         std::future::pending::<()>().await;
     }
