@@ -10,6 +10,12 @@ fn check_room(seed: u64) {
     }
 }
 
+fn check_house(seed: u64) {
+    if let Err((broken, _)) = house::run(seed, Mode::Safety, false) {
+        panic!("house seed {seed}: {broken}");
+    }
+}
+
 #[test]
 fn a_lost_event_answer_left_a_hole_in_the_full_state() {
     for seed in [9, 35, 36] {
@@ -67,6 +73,13 @@ fn a_leave_whose_past_could_not_be_asked_for_was_refused_and_is_not_sent_again()
 #[test]
 fn the_state_of_a_room_that_nobody_is_in_was_held_to_verdicts_found_later() {
     check_room(12172);
+}
+
+#[test]
+fn a_template_of_a_wrong_version_named_the_version_of_the_room_for_good() {
+    for seed in [27, 110] {
+        check_house(seed);
+    }
 }
 
 #[test]
