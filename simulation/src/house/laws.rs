@@ -369,7 +369,7 @@ pub async fn check_view(follower: &Follower, room: &RoomId) -> Result<(), String
 
 /// What the server holds of the room, in words.
 pub async fn tell(server: &Server, room: &RoomId) -> Result<String, String> {
-    let room = room.clone();
+    let (room, asked) = (room.clone(), room.clone());
     let found = read(server, move |c| {
         let Some(row) = rooms::by_id(c, &room)? else {
             return Ok(Vec::new());
@@ -383,7 +383,11 @@ pub async fn tell(server: &Server, room: &RoomId) -> Result<String, String> {
         let before: Vec<_> = pdu.prev_events.iter().map(EventId::as_str).collect();
         format!("{position:>5} {depth:>4} {id} {kind} {key:?} by {sender} after {before:?}\n")
     });
-    Ok(format!("{}:\n{}", server.name, lines.collect::<String>()))
+    let holding = holding(server, &asked).await?;
+    let state = holding.iter().flat_map(|holding| holding.ids());
+    let state = state.map(|((kind, key), id)| format!("{kind} {key:?}: {id}\n"));
+    let (lines, state): (String, String) = (lines.collect(), state.collect());
+    Ok(format!("{}:\n{lines}its state:\n{state}", server.name))
 }
 
 /// The accepted events that came by the stream, and where.
