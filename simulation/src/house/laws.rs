@@ -34,7 +34,7 @@ impl Holding {
         ids.map(|(key, pdu)| (key, &pdu.event_id)).collect()
     }
 
-    fn member(&self, user: &str) -> Option<&Arc<Pdu>> {
+    pub fn member(&self, user: &str) -> Option<&Arc<Pdu>> {
         let key = ("m.room.member".to_owned(), user.to_owned());
         self.state.get(&key)
     }
@@ -133,6 +133,7 @@ pub async fn check_states(
             continue;
         }
         if has_gone(&reference, &theirs, name) {
+            check_known(server, &reference, &theirs).await?;
             continue;
         }
         if theirs.local_joined.is_empty() {
@@ -163,8 +164,11 @@ async fn check_undone(first: &Server, theirs: &Holding, name: &ServerName) -> Re
 }
 
 /// Whether all of a server's users that are in the room elsewhere are out of it at home, by an event of their
-/// own that was refused elsewhere (P-19), or by somebody else's that resolution has undone elsewhere (P-24):
-/// the two ways in which a server that takes nothing of a room any more can differ from it.
+/// own that was refused elsewhere (P-19), by somebody else's that resolution has undone elsewhere (P-24), or as
+/// resolution has undone their joins at home: the ways in which a server that takes nothing of a room any more can
+/// differ from it. The last comes of a join on one branch and join rules on another: these are resolved first, and
+/// a join that they do not allow is left out of the state, until what opens the room again is there too. But that
+/// comes to a server that is not in the room.
 fn has_gone(reference: &Holding, theirs: &Holding, name: &ServerName) -> bool {
     if !theirs.local_joined.is_empty() {
         return false;
@@ -175,8 +179,31 @@ fn has_gone(reference: &Holding, theirs: &Holding, name: &ServerName) -> bool {
     });
     ghosts.all(|user| {
         let member = theirs.member(user);
-        member.is_some_and(|pdu| matches!(pdu.membership(), Some("leave" | "ban")))
+        member.is_none_or(|pdu| matches!(pdu.membership(), Some("leave" | "ban")))
     })
+}
+
+/// But the joins that were undone at home must be known there.
+async fn check_known(server: &Server, reference: &Holding, theirs: &Holding) -> Result<(), String> {
+    let name = &server.name;
+    let ours = |user: &&str| {
+        user.split_once(':')
+            .is_some_and(|(_, of)| of == name.as_str())
+    };
+    let undone = reference
+        .joined()
+        .filter(ours)
+        .filter(|user| theirs.member(user).is_none());
+    let joins: Vec<EventId> = undone
+        .filter_map(|user| Some(reference.member(user)?.event_id.clone()))
+        .collect();
+    let found = statuses(server, &joins).await?;
+    match joins.iter().find(|id| !found.contains_key(id)) {
+        Some(id) => Err(format!(
+            "{name} is in the room by {id}, and does not know it"
+        )),
+        None => Ok(()),
+    }
 }
 
 fn difference(name: &ServerName, ours: &Holding, theirs: &Holding) -> String {
