@@ -2,7 +2,9 @@
 //!
 //! <https://spec.matrix.org/v1.18/appendices/#common-identifier-format>
 
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -17,10 +19,10 @@ pub struct IdError {
 }
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $kind:literal, $check:expr) => {
+    ($(#[$doc:meta])* $name:ident($text:ty), $kind:literal, $check:expr) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
+        pub struct $name($text);
 
         impl $name {
             pub fn parse(text: &str) -> Result<Self, IdError> {
@@ -82,34 +84,111 @@ macro_rules! id {
 
 id!(
     /// `!opaque:server` in room versions 1 to 11, `!hash` from 12 on.
-    RoomId,
+    RoomId(Arc<str>),
     "room id",
     |t| t.len() > 1 && t.starts_with('!') && !t.contains('\0')
 );
 id!(
     /// `$opaque:server` in room versions 1 and 2, `$hash` from 3 on.
-    EventId,
+    EventId(HashText),
     "event id",
     |t| t.len() > 1 && t.starts_with('$') && !t.contains('\0')
 );
 id!(
     /// `@localpart:server`. Historical localparts are accepted.
-    UserId,
+    UserId(Arc<str>),
     "user id",
     |t| split_domain(t, '@').is_some_and(|(_, domain)| is_server_name(domain))
 );
 id!(
     /// `#localpart:server`.
-    RoomAlias,
+    RoomAlias(Arc<str>),
     "room alias",
     |t| split_domain(t, '#').is_some_and(|(local, domain)| !local.is_empty() && is_server_name(domain))
 );
 id!(
     /// `host[:port]`, the host a DNS name or an IP literal.
-    ServerName,
+    ServerName(Arc<str>),
     "server name",
     is_server_name
 );
+
+/// The bytes of an event id from room version 3 on: a sigil and the base64 of a hash.
+const HASH_TEXT: usize = 44;
+
+/// The text of an event id, in place when it is as long as a hash. Rooms have hundreds of thousands of them, in
+/// ordered maps, where each comparison of texts elsewhere would be a miss of the cache.
+#[derive(Clone)]
+enum HashText {
+    Here([u8; HASH_TEXT]),
+    There(Arc<str>),
+}
+
+impl From<&str> for HashText {
+    fn from(text: &str) -> Self {
+        match text.as_bytes().try_into() {
+            Ok(bytes) => Self::Here(bytes),
+            Err(_) => Self::There(text.into()),
+        }
+    }
+}
+
+impl HashText {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Here(bytes) => bytes,
+            Self::There(text) => text.as_bytes(),
+        }
+    }
+}
+
+impl std::ops::Deref for HashText {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        match self {
+            Self::Here(bytes) => str::from_utf8(bytes).expect("it was made of a text"),
+            Self::There(text) => text,
+        }
+    }
+}
+
+impl PartialEq for HashText {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Here(a), Self::Here(b)) => a == b,
+            (Self::There(a), Self::There(b)) => a == b,
+            // Their lengths differ.
+            _ => false,
+        }
+    }
+}
+
+impl Eq for HashText {}
+
+impl PartialOrd for HashText {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for HashText {
+    fn cmp(&self, other: &Self) -> Ordering {
+        if let (Self::Here(a), Self::Here(b)) = (self, other) {
+            // Nearly always two hashes differ in their first bytes.
+            let head =
+                |bytes: &[u8; HASH_TEXT]| bytes.first_chunk().copied().map(u64::from_be_bytes);
+            return head(a).cmp(&head(b)).then_with(|| a.cmp(b));
+        }
+        self.bytes().cmp(other.bytes())
+    }
+}
+
+impl Hash for HashText {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(self.bytes());
+    }
+}
 
 impl UserId {
     pub fn localpart(&self) -> &str {
@@ -232,6 +311,29 @@ mod tests {
         );
         assert!(UserId::parse("@alice").is_err());
         assert!(UserId::parse("alice:example.org").is_err());
+    }
+
+    #[test]
+    fn event_ids_of_all_lengths_are_ordered_as_texts() {
+        let hash = "abcdefghijklmnopqrstuvwxyz0123456789-_ABCDE";
+        let texts = [
+            "$a".to_owned(),
+            format!("${hash}"),
+            format!("${hash}F"),
+            format!("${}F", &hash[..42]),
+            format!("$Z{}", &hash[1..]),
+            format!("${}", &hash[..42]),
+            "$abc:example.org".to_owned(),
+            format!("$é{}", &hash[2..]),
+        ];
+        for one in &texts {
+            for other in &texts {
+                let (a, b) = (EventId::parse(one).unwrap(), EventId::parse(other).unwrap());
+                assert_eq!(a.cmp(&b), one.cmp(other), "{one} {other}");
+                assert_eq!(a == b, one == other, "{one} {other}");
+                assert_eq!(a.as_str(), one);
+            }
+        }
     }
 
     #[test]

@@ -274,5 +274,6 @@ fn signatures(event: &Object) -> Result<Vec<(ServerName, String, String)>, PduEr
             ));
         }
     }
+    all.shrink_to_fit();
     Ok(all)
 }
