@@ -1,6 +1,7 @@
 //! Foreign state and auth chains: which of these events can be used (joins.md J-55 to J-62, S-6).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use protocol::auth;
@@ -65,35 +66,44 @@ pub(crate) fn sift(
     create: Option<&Arc<Pdu>>,
 ) -> Sifted {
     let mut walk = Walk::new(version, room, pdus, stored, create);
-    while let Some(id) = walk.ready.pop_first() {
-        let pdu = walk.pdus[&id].clone();
-        let verdict = walk.judge(&pdu);
-        walk.sifted.usable.push((pdu, verdict.clone()));
-        walk.verdicts.insert(id.clone(), verdict);
-        walk.release(&id);
+    let mut usable = Vec::new();
+    while let Some(number) = walk.ready.pop_first() {
+        let verdict = walk.judge(number);
+        walk.nodes[number].accepted = Some(verdict == Verdict::Accepted);
+        usable.push((walk.nodes[number].pdu.clone(), verdict));
+        walk.release(number);
     }
-    let verdicts = walk.verdicts;
-    let mut sifted = walk.sifted;
-    sifted.left_out = pdus
-        .keys()
-        .filter(|id| !verdicts.contains_key(*id))
-        .cloned()
-        .collect();
-    sifted
+    let unjudged = walk.nodes.iter().filter(|node| node.accepted.is_none());
+    let left_out = unjudged.map(|node| node.pdu.event_id.clone()).collect();
+    Sifted { usable, left_out }
 }
 
+/// Events by their place in the order of their ids, so that a walk over a whole room compares numbers.
 struct Walk<'a> {
     version: RoomVersion,
-    pdus: &'a Pdus,
-    stored: &'a BTreeMap<EventId, Found>,
     create: Option<&'a Arc<Pdu>>,
-    /// How many auth events of each event are not judged so far.
-    open: BTreeMap<&'a EventId, usize>,
-    dependents: BTreeMap<&'a EventId, Vec<&'a EventId>>,
-    ready: BTreeSet<EventId>,
-    verdicts: BTreeMap<EventId, Verdict>,
-    sifted: Sifted,
+    nodes: Vec<Node<'a>>,
+    /// The auth events of all nodes, one after the other.
+    auth: Vec<Auth<'a>>,
+    /// Which nodes wait for each.
+    dependents: Vec<Vec<usize>>,
+    ready: BTreeSet<usize>,
     cache: auth::Cache,
+}
+
+struct Node<'a> {
+    pdu: &'a Arc<Pdu>,
+    /// Where its auth events are.
+    auth: Range<usize>,
+    /// How many of them are not judged so far.
+    open: usize,
+    accepted: Option<bool>,
+}
+
+#[derive(Clone, Copy)]
+enum Auth<'a> {
+    Node(usize),
+    Stored(&'a Found),
 }
 
 impl<'a> Walk<'a> {
@@ -104,89 +114,107 @@ impl<'a> Walk<'a> {
         stored: &'a BTreeMap<EventId, Found>,
         create: Option<&'a Arc<Pdu>>,
     ) -> Self {
+        let ids: Vec<&EventId> = pdus.keys().collect();
         let mut this = Self {
             version,
-            pdus,
-            stored,
             create,
-            open: BTreeMap::new(),
-            dependents: BTreeMap::new(),
+            nodes: Vec::with_capacity(pdus.len()),
+            auth: Vec::new(),
+            dependents: vec![Vec::new(); pdus.len()],
             ready: BTreeSet::new(),
-            verdicts: BTreeMap::new(),
-            sifted: Sifted::default(),
             cache: auth::Cache::default(),
         };
-        for pdu in pdus.values().filter(|pdu| pdu.room_id == *room) {
-            this.enter(pdu);
+        let find = |id: &EventId| match ids.binary_search(&id) {
+            Ok(number) => Some(Auth::Node(number)),
+            Err(_) => stored.get(id).map(Auth::Stored),
+        };
+        for (number, pdu) in pdus.values().enumerate() {
+            this.enter(number, pdu, room, find);
         }
         this
     }
 
-    fn enter(&mut self, pdu: &'a Arc<Pdu>) {
-        let needs = self.needs(pdu);
-        if needs
-            .iter()
-            .any(|id| !self.pdus.contains_key(*id) && !self.stored.contains_key(*id))
+    fn enter(
+        &mut self,
+        number: usize,
+        pdu: &'a Arc<Pdu>,
+        room: &RoomId,
+        find: impl Fn(&EventId) -> Option<Auth<'a>>,
+    ) {
+        let begin = self.auth.len();
+        let found: Option<Vec<_>> = pdu.auth_events.iter().map(&find).collect();
+        let silent = self.silent_need(pdu).map(&find);
+        let mut node = Node {
+            pdu,
+            auth: begin..begin,
+            open: 0,
+            accepted: None,
+        };
+        if pdu.room_id == *room
+            && let Some(found) = found
+            && !matches!(silent, Some(None))
         {
-            return;
+            let mut waits_for: Vec<usize> = found
+                .iter()
+                .chain(silent.iter().flatten())
+                .filter_map(|auth| match auth {
+                    Auth::Node(number) => Some(*number),
+                    Auth::Stored(_) => None,
+                })
+                .collect();
+            waits_for.sort_unstable();
+            waits_for.dedup();
+            self.auth.extend(found);
+            node.auth = begin..self.auth.len();
+            node.open = waits_for.len();
+            if waits_for.is_empty() {
+                self.ready.insert(number);
+            }
+            for needed in waits_for {
+                self.dependents[needed].push(number);
+            }
         }
-        let waits_for: Vec<_> = needs
-            .into_iter()
-            .filter(|id| self.pdus.contains_key(*id))
-            .collect();
-        if waits_for.is_empty() {
-            self.ready.insert(pdu.event_id.clone());
-        }
-        self.open.insert(&pdu.event_id, waits_for.len());
-        for id in waits_for {
-            self.dependents.entry(id).or_default().push(&pdu.event_id);
-        }
+        self.nodes.push(node);
     }
 
-    /// The auth events, and in version 12 the create event that all others silently stand on.
-    fn needs(&self, pdu: &'a Pdu) -> BTreeSet<&'a EventId> {
-        let mut needs: BTreeSet<_> = pdu.auth_events.iter().collect();
-        if !self.version.rules().create_in_auth_events
-            && let Some(create) = self.create.filter(|create| create.event_id != pdu.event_id)
-        {
-            needs.insert(&create.event_id);
-        }
-        needs
+    /// In version 12 the create event that all others stand on without naming it.
+    fn silent_need(&self, pdu: &Pdu) -> Option<&'a EventId> {
+        let silent = !self.version.rules().create_in_auth_events;
+        let create = self.create.filter(|_| silent)?;
+        (create.event_id != pdu.event_id).then_some(&create.event_id)
     }
 
-    fn judge(&mut self, pdu: &Pdu) -> Verdict {
-        let auth: Vec<(&Pdu, bool)> = pdu
-            .auth_events
+    fn judge(&mut self, number: usize) -> Verdict {
+        let node = &self.nodes[number];
+        let auth: Vec<(&Pdu, bool)> = self.auth[node.auth.clone()]
             .iter()
-            .map(|id| match (self.pdus.get(id), self.stored.get(id)) {
-                (Some(pdu), _) => (&**pdu, self.verdicts[id] != Verdict::Accepted),
-                (None, Some(found)) => (&*found.pdu, found.known.rejected),
-                (None, None) => unreachable!("only events with all auth events get here"),
+            .map(|auth| match auth {
+                Auth::Node(number) => {
+                    let node = &self.nodes[*number];
+                    (&**node.pdu, node.accepted != Some(true))
+                }
+                Auth::Stored(found) => (&*found.pdu, found.known.rejected),
             })
             .collect();
-        if pdu.oversized_field {
+        if node.pdu.oversized_field {
             return Verdict::Rejected(OVERSIZED.to_owned());
         }
         let create = self.create.map(|create| &**create);
-        let cache = &mut self.cache;
         verdict(auth::check_auth_events_with(
-            cache,
+            &mut self.cache,
             self.version,
-            pdu,
+            node.pdu,
             create,
             &auth,
         ))
     }
 
-    fn release(&mut self, id: &EventId) {
-        for dependent in self.dependents.remove(id).unwrap_or_default() {
-            let open = self
-                .open
-                .get_mut(dependent)
-                .expect("entered with its needs");
-            *open -= 1;
-            if *open == 0 {
-                self.ready.insert(dependent.clone());
+    fn release(&mut self, number: usize) {
+        for dependent in std::mem::take(&mut self.dependents[number]) {
+            let node = &mut self.nodes[dependent];
+            node.open -= 1;
+            if node.open == 0 {
+                self.ready.insert(dependent);
             }
         }
     }
