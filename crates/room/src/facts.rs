@@ -304,6 +304,18 @@ impl Facts {
         Ok(ids.iter().map(|id| self.known[id]).collect())
     }
 
+    /// Forgets what [`Self::known`] told of these, which whoever asked keeps.
+    pub fn forget_known(&mut self, ids: &[EventId]) {
+        for id in ids {
+            self.known.remove(id);
+        }
+    }
+
+    /// As [`Self::forget_known`], for all that [`Self::find`] told.
+    pub fn forget_found(&mut self) {
+        self.found.clear();
+    }
+
     /// Whether each of these is stored, and how, with the events; as many entries as ids.
     pub fn find(&self, ids: &[EventId]) -> Got<Vec<Option<Found>>> {
         let unasked: BTreeSet<_> = ids

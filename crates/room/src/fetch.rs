@@ -15,19 +15,19 @@ use std::time::Duration;
 
 use protocol::hash;
 use protocol::id::{EventId, RoomId, ServerName};
-use protocol::nid::KeyNid;
+use protocol::nid::{EventNid, KeyNid};
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
 use crate::effect::{
-    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Now, Place, RawPdu, Section,
-    StateKey, Ticket,
+    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Load, Loaded, Now, Place, RawPdu,
+    Section, StateKey, Ticket,
 };
 use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
 use crate::rest::Rest;
-use crate::sift::{self, Pdus, Sifted};
+use crate::sift::{self, Pdus};
 use crate::write::{FanOut, NewEvent, Verdict, WriteSet};
 
 /// Servers hold `/state_ids` back while they work it out.
@@ -117,6 +117,8 @@ pub(crate) struct Fetch {
     arrived: Vec<Arc<Pdu>>,
     /// Events of one commit.
     chunk: usize,
+    /// What those that wait stand on and is not among them; `None` when they have changed since.
+    stood_on: Option<Arc<BTreeSet<EventId>>>,
     /// How many have to wait before they are looked at.
     flush_at: usize,
     create: Option<Arc<Pdu>>,
@@ -124,6 +126,9 @@ pub(crate) struct Fetch {
     tried: BTreeMap<EventId, usize>,
     /// Events of which a second copy would be no better.
     hopeless: BTreeSet<EventId>,
+    /// Events that were asked for, and came with a bad signature. Once for each that does not count: a donor
+    /// that is the only one may have been lied for on the way.
+    forged: BTreeSet<EventId>,
     /// Whether it is worth another try when keys could not be asked for, and the events in question.
     patient: bool,
     unvouched: BTreeSet<EventId>,
@@ -163,6 +168,8 @@ enum Stage {
     /// All is here, but another server may see it otherwise.
     Comparing,
     Events(BTreeMap<Ticket, EventId>, VecDeque<EventId>),
+    /// What is judged gets its numbers.
+    Numbering(Ticket, Vec<(Arc<Pdu>, Verdict)>),
     Storing(Ticket, Vec<(Arc<Pdu>, Known)>, VecDeque<NewEvent>),
     Over,
 }
@@ -212,8 +219,9 @@ impl Fetch {
         });
         for pdu in rest.left_out {
             this.want([&pdu.event_id]);
-            this.waiting.insert(pdu.event_id.clone(), pdu);
+            this.arrived.push(pdu);
         }
+        this.take_arrived();
         for (section, pdu) in rest.held {
             match this.given.back_mut() {
                 Some((last, window)) if *last == section && window.len() < WINDOW => {
@@ -265,10 +273,12 @@ impl Fetch {
             waiting: Pdus::new(),
             arrived: Vec::new(),
             chunk: CHUNK,
+            stood_on: None,
             flush_at: CHUNK,
             create: None,
             tried: BTreeMap::new(),
             hopeless: BTreeSet::new(),
+            forged: BTreeSet::new(),
             patient: false,
             unvouched: BTreeSet::new(),
             unreached: BTreeSet::new(),
@@ -308,9 +318,8 @@ impl Fetch {
 
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
-        let storing = matches!(self.stage, Stage::Storing(..));
-        let kept = self.waiting.len() + self.arrived.len();
-        self.checks.len() < CHECKS_MAX && !(storing && kept >= self.flush_at)
+        let busy = self.facts.is_waiting() || !matches!(self.stage, Stage::Thinking);
+        self.checks.len() < CHECKS_MAX && !(busy && self.arrived.len() >= self.chunk)
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -388,6 +397,13 @@ impl Fetch {
             (Stage::Events(asks, queue), Input::Answered { ticket, answer, .. }) => {
                 return self.on_event((asks, queue), ticket, answer, out, now);
             }
+            (
+                Stage::Numbering(t, judged),
+                Input::Loaded {
+                    ticket,
+                    loaded: Loaded::Interned { events, keys },
+                },
+            ) if t == ticket => self.on_numbered(judged, events, keys, out),
             (Stage::Storing(t, chunk, rest), Input::Committed { ticket, outcome })
                 if t == ticket =>
             {
@@ -482,9 +498,15 @@ impl Fetch {
                 if fault == Some(Fault::Unvouched) && self.patient {
                     self.unvouched.insert(id.clone());
                 }
-                self.hopeless.insert(id);
+                self.hopeless.insert(id.clone());
             }
             let Ok(pdu) = pdu else {
+                if fault == Some(Fault::Signature)
+                    && let Some(tried) = self.tried.get_mut(&id)
+                    && self.forged.insert(id)
+                {
+                    *tried = tried.saturating_sub(1);
+                }
                 continue;
             };
             let id = &pdu.event_id;
@@ -584,6 +606,9 @@ impl Fetch {
     }
 
     fn take_arrived(&mut self) {
+        if !self.arrived.is_empty() {
+            self.stood_on = None;
+        }
         for pdu in std::mem::take(&mut self.arrived) {
             if !self.stored.contains_key(&pdu.event_id) {
                 self.waiting.insert(pdu.event_id.clone(), pdu);
@@ -601,7 +626,7 @@ impl Fetch {
         };
         match thought {
             Thought::Store(events) => {
-                self.store(events.into(), out);
+                self.number(events, out);
                 None
             }
             Thought::AskState(event_id) => {
@@ -615,7 +640,7 @@ impl Fetch {
             Thought::AskAhead(ids, events) => {
                 self.ask_ahead(ids, out);
                 if !events.is_empty() {
-                    self.store(events.into(), out);
+                    self.number(events, out);
                 }
                 None
             }
@@ -643,16 +668,12 @@ impl Fetch {
 
     /// What is to be done next, from all that is here.
     fn plan(&mut self) -> Got<Thought> {
-        let mut stood_on = sift::outside(&self.waiting);
-        // From version 12 on every event stands on the create event without naming it.
-        if self.version.rules().room_id_is_create_hash {
-            stood_on.extend(hash::create_of(&self.facts.room));
-        }
+        let stood_on = self.stood_on();
         self.look_up(&stood_on)?;
         self.load_auth(&stood_on)?;
         let judgeable = self.create.is_some() || !self.version.rules().room_id_is_create_hash;
         if self.waiting.len() >= self.flush_at && judgeable {
-            let events = self.sift()?;
+            let events = self.sift();
             let left = self.waiting.len() - events.len();
             self.flush_at = left + self.chunk.max(left / 2);
             let ahead = self.wanted_ahead(&stood_on);
@@ -667,10 +688,8 @@ impl Fetch {
             return Ok(Thought::Wait);
         }
         let here = |id: &EventId| self.stored.contains_key(id) || self.waiting.contains_key(id);
-        let mut missing = stood_on;
-        missing.extend(self.wanted.iter().cloned());
-        missing.retain(|id| !here(id));
-        let mut missing: Vec<_> = missing.into_iter().collect();
+        let absent = self.wanted.union(&stood_on).filter(|id| !here(id));
+        let mut missing: Vec<_> = absent.cloned().collect();
         let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
         if much
             && self.asked_for_state < self.sources.len()
@@ -683,7 +702,7 @@ impl Fetch {
         if !missing.is_empty() {
             return Ok(Thought::AskEvents(missing));
         }
-        let events = self.sift()?;
+        let events = self.sift();
         if !events.is_empty() {
             return Ok(Thought::Store(events));
         }
@@ -692,6 +711,18 @@ impl Fetch {
         self.facts.number(self.version, [], [create])?;
         let create = self.facts.key(kind, state_key);
         Ok(Thought::Done(self.build(create)))
+    }
+
+    fn stood_on(&mut self) -> Arc<BTreeSet<EventId>> {
+        let stood_on = self.stood_on.get_or_insert_with(|| {
+            let mut stood_on = sift::outside(&self.waiting);
+            // From version 12 on every event stands on the create event without naming it.
+            if self.version.rules().room_id_is_create_hash {
+                stood_on.extend(hash::create_of(&self.facts.room));
+            }
+            Arc::new(stood_on)
+        });
+        Arc::clone(stood_on)
     }
 
     /// The few events that many of the waiting stand on, such as former power levels. A body has them near
@@ -759,17 +790,22 @@ impl Fetch {
         missing.truncate(EVENTS_MAX);
     }
 
-    /// Looks for what is wanted, or stood on, in the store.
+    /// Looks for what is wanted, or stood on, in the store, once.
     fn look_up(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
         let (stored, waiting) = (&self.stored, &self.waiting);
+        let sure = |id: &EventId| self.wanted.contains(id) && !self.unsure.contains(id);
         let new = |id: &&EventId| !stored.contains_key(*id) && !waiting.contains_key(*id);
-        let ids: BTreeSet<_> = self.unsure.iter().chain(stood_on).filter(new).collect();
+        let unnamed = stood_on.iter().filter(|id| !sure(id));
+        let ids: BTreeSet<_> = self.unsure.iter().chain(unnamed).filter(new).collect();
         let ids: Vec<_> = ids.into_iter().cloned().collect();
         let known = self.facts.known(&ids)?;
-        self.unsure.clear();
+        let wanted = ids.iter().filter(|id| self.wanted.contains(*id));
+        let wanted: Vec<_> = wanted.cloned().collect();
         let known = ids.into_iter().zip(known);
         self.stored
             .extend(known.filter_map(|(id, known)| Some((id, known?))));
+        self.unsure.clear();
+        self.facts.forget_known(&wanted);
         Ok(())
     }
 
@@ -789,38 +825,47 @@ impl Fetch {
         Ok(())
     }
 
-    /// The waiting events that can be judged, ready for the store.
-    fn sift(&self) -> Got<Vec<NewEvent>> {
-        let waiting = self.waiting.values();
-        let keys = waiting.filter_map(|pdu| Some((pdu.kind.clone(), pdu.state_key.clone()?)));
-        let ids = self.waiting.keys().cloned();
-        self.facts.number(self.version, ids, keys)?;
+    /// The waiting events that can be judged.
+    fn sift(&self) -> Vec<(Arc<Pdu>, Verdict)> {
         let create = self.create.as_ref();
-        let Sifted { usable, .. } = sift::sift(
-            self.version,
-            &self.facts.room,
-            &self.waiting,
-            &self.auth,
-            create,
-        );
-        let ids = usable.iter().map(|(pdu, _)| pdu.event_id.clone());
-        let keys = usable
-            .iter()
-            .filter_map(|(pdu, _)| Some((pdu.kind.clone(), pdu.state_key.clone()?)));
-        self.facts.number(self.version, ids, keys)?;
-        Ok(usable
-            .into_iter()
-            .map(|(pdu, verdict)| NewEvent {
-                nid: self.facts.nid(&pdu.event_id).expect("numbered before"),
-                key: self.facts.key_of(&pdu),
+        let (version, room) = (self.version, &self.facts.room);
+        sift::sift(version, room, &self.waiting, &self.auth, create).usable
+    }
+
+    /// Gets numbers for these events and their state keys, to store them.
+    fn number(&mut self, judged: Vec<(Arc<Pdu>, Verdict)>, out: &mut Outbox) {
+        let ids = judged.iter().map(|(pdu, _)| pdu.event_id.clone()).collect();
+        let keys = judged.iter().filter_map(|(pdu, _)| key_of(pdu)).collect();
+        let load = Load::Intern {
+            version: self.version,
+            ids,
+            keys,
+        };
+        self.stage = Stage::Numbering(out.load(&self.facts.room, load), judged);
+    }
+
+    fn on_numbered(
+        &mut self,
+        judged: Vec<(Arc<Pdu>, Verdict)>,
+        nids: Vec<EventNid>,
+        keys: Vec<KeyNid>,
+        out: &mut Outbox,
+    ) {
+        let mut keys = keys.into_iter();
+        let events = judged.into_iter().zip(nids).map(|((pdu, verdict), nid)| {
+            let key = pdu.is_state().then(|| keys.next());
+            NewEvent {
+                nid,
+                key: key.flatten(),
                 pdu,
                 place: Place::Outlier,
                 state: None,
                 verdict,
                 fan_out: FanOut::Nobody,
                 transaction: None,
-            })
-            .collect())
+            }
+        });
+        self.store(events.collect(), out);
     }
 
     fn store(&mut self, mut events: VecDeque<NewEvent>, out: &mut Outbox) {
@@ -855,12 +900,13 @@ impl Fetch {
             // The room was purged in the meantime; nothing here is of use any more.
             return Some(Err(unreachable("the room is gone")));
         }
+        self.stood_on = None;
         for (pdu, known) in chunk {
             let id = pdu.event_id.clone();
             self.waiting.remove(&id);
             self.stored.insert(id.clone(), known);
             // Few members are stood on by what comes later; these are read again.
-            if &*pdu.kind != "m.room.member" {
+            if !is_member(&pdu) {
                 self.auth.insert(id, Found { known, pdu });
             }
         }
@@ -868,6 +914,8 @@ impl Fetch {
             self.store(rest, out);
             return None;
         }
+        self.auth.retain(|_, found| !is_member(&found.pdu));
+        self.facts.forget_found();
         self.stage = Stage::Thinking;
         self.feed(out);
         self.think_if_idle(out, now)
@@ -953,12 +1001,20 @@ fn ids(answer: Result<Answer, AskError>) -> Result<(Vec<EventId>, Vec<EventId>),
     }
 }
 
+fn is_member(pdu: &Pdu) -> bool {
+    &*pdu.kind == "m.room.member"
+}
+
+fn key_of(pdu: &Pdu) -> Option<StateKey> {
+    Some((pdu.kind.clone(), pdu.state_key.clone()?))
+}
+
 enum Thought {
-    Store(Vec<NewEvent>),
+    Store(Vec<(Arc<Pdu>, Verdict)>),
     AskState(EventId),
     AskEvents(Vec<EventId>),
     /// Ask for these while a body arrives, and store those.
-    AskAhead(Vec<EventId>, Vec<NewEvent>),
+    AskAhead(Vec<EventId>, Vec<(Arc<Pdu>, Verdict)>),
     /// More is on its way.
     Wait,
     Done(Result<Fetched, Unfetched>),
