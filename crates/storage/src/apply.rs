@@ -750,12 +750,6 @@ impl Plan {
         let Some(room) = applied.room else { return };
         let placed: BTreeSet<EventNid> = applied.events.iter().map(|placed| placed.nid).collect();
         for event in &self.writes.events {
-            let auth: Option<Vec<EventNid>> = event
-                .pdu
-                .auth_events
-                .iter()
-                .map(|id| caches.ids.get(id))
-                .collect();
             caches.ids.insert(event.pdu.event_id.clone(), event.nid);
             let was_cached =
                 event.place != Place::Outlier && caches.bodies.remove(&event.nid).is_some();
@@ -763,6 +757,8 @@ impl Plan {
                 // Another copy of it was stored before: whichever stays will be read.
                 continue;
             }
+            let auth_events = event.pdu.auth_events.iter();
+            let auth: Option<Vec<EventNid>> = auth_events.map(|id| caches.ids.get(id)).collect();
             if let (Some(auth), false) = (auth, event.pdu.redacted) {
                 let body = Body {
                     room,

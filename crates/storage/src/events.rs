@@ -224,7 +224,7 @@ impl MemberEvent<'_> {
 
 /// `content.membership` of these member events, as far as they are stored and have it: thousands of them when
 /// a room becomes full, of which nothing else is wanted.
-pub(crate) fn memberships(
+pub fn memberships(
     c: &mut dyn Conn,
     events: &[EventNid],
 ) -> Result<HashMap<EventNid, Option<Arc<str>>>> {

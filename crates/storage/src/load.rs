@@ -132,17 +132,19 @@ fn known(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<BTreeMap<Ev
         .collect())
 }
 
+/// Whoever asks for more events than this at once fetches a room, and takes each of them once.
+const KEPT_FOUND_MAX: usize = 64;
+
 fn find(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<Loaded> {
     let known = known(c, room, ids)?;
     let nids: Vec<EventNid> = known.values().map(|known| known.nid).collect();
-    let bodies = events::bodies(c, &nids)?;
+    let pdus = match nids.len() <= KEPT_FOUND_MAX {
+        true => events::pdus(c, &nids)?,
+        false => events::pdus_once(c, &nids)?,
+    };
     let found = known.into_iter().filter_map(|(id, known)| {
-        let body = bodies.get(&known.nid)?;
-        let found = Found {
-            known,
-            pdu: body.pdu.clone(),
-        };
-        Some((id, found))
+        let pdu = pdus.get(&known.nid)?.clone();
+        Some((id, Found { known, pdu }))
     });
     Ok(Loaded::Found(found.collect()))
 }
@@ -167,7 +169,7 @@ async fn intern(
             Ok((row.is_some(), events::nids(c, &asked_ids)?, known_keys))
         })
         .await?;
-    let (known_room, known_ids, known_keys) = seen;
+    let (known_room, mut known_ids, mut known_keys) = seen;
     let new_ids: BTreeSet<EventId> = ids
         .iter()
         .filter(|id| !known_ids.contains_key(*id))
@@ -178,24 +180,21 @@ async fn intern(
         .filter(|key| !known_keys.contains_key(*key))
         .cloned()
         .collect();
-    let (known_ids, known_keys) = if known_room && new_ids.is_empty() && new_keys.is_empty() {
-        (known_ids, known_keys)
-    } else {
+    if !known_room || !new_ids.is_empty() || !new_keys.is_empty() {
         let first = store.numbers(Sequence::Events, new_ids.len()).await?.start;
-        let (all_ids, all_keys) = (ids.clone(), keys.clone());
-        let written = store
+        let (new_ids, new_keys) = store
             .write(move |c| {
                 let row = room_row(c, &room, version)?;
-                give_event_numbers(c, &new_ids, first)?;
-                give_key_numbers(c, row, &new_keys)?;
-                Ok((events::nids(c, &all_ids)?, states::keys(c, row, &all_keys)?))
+                let ids = give_event_numbers(c, &new_ids, first)?;
+                Ok((ids, give_key_numbers(c, row, &new_keys)?))
             })
             .await?;
-        for (id, nid) in &written.0 {
+        for (id, nid) in &new_ids {
             store.inner.caches.ids.insert(id.clone(), *nid);
         }
-        written
-    };
+        known_ids.extend(new_ids);
+        known_keys.extend(new_keys);
+    }
     let lost = || Error::corrupt("a number just given is not there");
     Ok(Loaded::Interned {
         events: ids
@@ -218,7 +217,8 @@ const INSERT_ID: &str =
 const TAKE_KEYS: &str =
     "UPDATE rooms SET next_key = next_key + $2 WHERE nid = $1 RETURNING next_key";
 const INSERT_KEY: &str =
-    "INSERT INTO state_keys (room_nid, key_nid, kind, state_key) VALUES ($1, $2, $3, $4)";
+    "INSERT INTO state_keys (room_nid, key_nid, kind, state_key) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (room_nid, kind, state_key) DO NOTHING";
 
 /// The room's number, given out if it has none yet.
 ///
@@ -236,40 +236,48 @@ pub(crate) fn room_row(c: &mut dyn Conn, room: &RoomId, version: RoomVersion) ->
     Ok(RoomNid(nid))
 }
 
-/// Gives these ids the numbers from `first` on, where they still have none.
+/// Gives these ids the numbers from `first` on, where they still have none. The numbers that they have.
 pub(crate) fn give_event_numbers(
     c: &mut dyn Conn,
     ids: &BTreeSet<EventId>,
     first: i64,
-) -> Result<()> {
+) -> Result<HashMap<EventId, EventNid>> {
     let rows: Vec<_> = (first..).zip(ids).map(|(nid, id)| row![nid, id]).collect();
     if rows.is_empty() {
-        return Ok(());
+        return Ok(HashMap::new());
     }
-    c.execute_many(INSERT_ID, &rows).map(drop)
+    if c.execute_many(INSERT_ID, &rows)? == rows.len() as u64 {
+        let given = ids.iter().cloned().zip((first..).map(EventNid));
+        return Ok(given.collect());
+    }
+    // Somebody else has been here since they were looked for.
+    events::nids(c, &ids.iter().cloned().collect::<Vec<_>>())
 }
 
-fn give_key_numbers(c: &mut dyn Conn, room: RoomNid, wanted: &BTreeSet<StateKey>) -> Result<()> {
-    // Somebody else may have been here between the reading and this transaction.
-    let asked: Vec<StateKey> = wanted.iter().cloned().collect();
-    let known = states::keys(c, room, &asked)?;
-    let missing: Vec<&StateKey> = wanted
-        .iter()
-        .filter(|key| !known.contains_key(*key))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+/// Gives these keys numbers, where they still have none. The numbers that they have.
+fn give_key_numbers(
+    c: &mut dyn Conn,
+    room: RoomNid,
+    wanted: &BTreeSet<StateKey>,
+) -> Result<BTreeMap<StateKey, KeyNid>> {
+    if wanted.is_empty() {
+        return Ok(BTreeMap::new());
     }
-    let count = i64::try_from(missing.len()).expect("a count of things in memory");
+    let count = i64::try_from(wanted.len()).expect("a count of things in memory");
     let next = c.query_one(TAKE_KEYS, &[&room, &count], |row| row.int(0))?;
-    if u32::try_from(next).is_err() {
+    let Ok(end) = u32::try_from(next) else {
         return Err(Error::corrupt("a room has more state keys than numbers"));
-    }
-    let rows: Vec<_> = (next - count..)
-        .zip(missing)
+    };
+    let first = next - count;
+    let rows: Vec<_> = (first..)
+        .zip(wanted)
         .map(|(nid, (kind, state_key))| row![room, nid, kind, state_key])
         .collect();
-    c.execute_many(INSERT_KEY, &rows).map(drop)
+    if c.execute_many(INSERT_KEY, &rows)? == rows.len() as u64 {
+        let numbers = (end - rows.len() as u32..end).map(KeyNid);
+        return Ok(wanted.iter().cloned().zip(numbers).collect());
+    }
+    states::keys(c, room, &wanted.iter().cloned().collect::<Vec<_>>())
 }
 
 // -- States ---------------------------------------------------------------------------------------

@@ -150,6 +150,11 @@ fn send(queue: &Sender<Box<dyn Job>>, job: Box<dyn Job>) {
     }
 }
 
+/// Pages that a connection keeps. The writer comes back to the leaves of its indexes; readers find what they
+/// read again in our own caches, and the rest in the system's.
+const WRITER_CACHE_KB: i64 = 24 * 1024;
+const READER_CACHE_KB: i64 = 4 * 1024;
+
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name(name.to_owned())
@@ -171,8 +176,17 @@ fn connect(path: &str, writer: bool) -> Result<Connection> {
     connection.busy_timeout(BUSY_TIMEOUT).map_err(translate)?;
     // The page size must come before the first table. FULL: what was answered 200 survives a power cut.
     let pragmas = "PRAGMA page_size = 16384; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-        PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768; PRAGMA journal_size_limit = 67108864;";
+        PRAGMA temp_store = MEMORY; PRAGMA journal_size_limit = 67108864;
+        PRAGMA wal_autocheckpoint = 4000;";
     connection.execute_batch(pragmas).map_err(translate)?;
+    let cache_kb = if writer {
+        WRITER_CACHE_KB
+    } else {
+        READER_CACHE_KB
+    };
+    connection
+        .pragma_update(None, "cache_size", -cache_kb)
+        .map_err(translate)?;
     if !writer {
         connection
             .execute_batch("PRAGMA query_only = ON")
