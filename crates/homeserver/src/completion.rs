@@ -1,9 +1,8 @@
 //! What a room's completion owes besides the room: device lists and events for servers that were left out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use protocol::id::{RoomId, ServerName, UserId};
-use protocol::nid::KeyNid;
 use protocol::state::StateMap;
 use room::effect::{Head, PartialMarker};
 use room::write::{PartialChange, WriteSet};
@@ -42,8 +41,12 @@ impl Homeserver {
         if self.config().join.tell_missed_servers && !missed.is_empty() {
             self.tell_missed(&writes.room, &marker, missed).await?;
         }
-        self.catch_up_device_lists(left_out.all, local_joined, marker.device_lists_at)
-            .await
+        self.catch_up_device_lists(
+            left_out.all.into_iter().collect(),
+            local_joined,
+            marker.device_lists_at,
+        )
+        .await
     }
 
     /// O-2: servers that our events did not go to, as we did not know that they are in the room, get the
@@ -85,72 +88,56 @@ impl Homeserver {
         current: StateMap,
     ) -> storage::Result<LeftOut> {
         let (room, join) = (room.clone(), marker.join_event.clone());
-        let (users, joined): (BTreeSet<UserId>, BTreeSet<UserId>) = self
-            .store()
+        let told = marker.servers_in_room.iter().chain([&marker.joined_via]);
+        let told = told.chain([&self.config().server_name]);
+        let told: BTreeSet<String> = told.map(ToString::to_string).collect();
+        self.store()
             .read(move |c| {
                 let Some(row) = rooms::by_id(c, &room)? else {
-                    return Ok((BTreeSet::new(), BTreeSet::new()));
+                    return Ok(LeftOut::default());
                 };
                 let at_join = match events::nids(c, std::slice::from_ref(&join))?.get(&join) {
                     Some(nid) => states::around(c, *nid)?.map(|(_, after)| after),
                     None => None,
                 };
-                let changed = at_join.unwrap_or_default().diff(&current);
-                let mut keys: Vec<_> = changed.into_iter().map(|(key, _, _)| key).collect();
-                let joined = members_joined(c, &current)?;
-                keys.extend(&joined);
-                keys.sort_unstable();
-                keys.dedup();
-                let names = states::key_names(c, row.nid, &keys)?;
-                let users: BTreeMap<KeyNid, UserId> = names
-                    .into_iter()
-                    .filter(|(_, (kind, _))| &**kind == "m.room.member")
-                    .filter_map(|(key, (_, user))| Some((key, UserId::parse(&user).ok()?)))
-                    .collect();
-                let joined = joined.iter().filter_map(|key| users.get(key).cloned());
-                let joined = joined.collect();
-                Ok((users.into_values().collect(), joined))
+                let at_join = at_join.unwrap_or_default();
+                let mut left_out = LeftOut::default();
+                let mut members = Vec::new();
+                for (key, user) in states::keys_of_kind(c, row.nid, "m.room.member")? {
+                    let Ok(user) = UserId::parse(&user) else {
+                        continue;
+                    };
+                    if told.contains(user.server_str()) {
+                        continue;
+                    }
+                    let nid = current.get(key);
+                    if nid != at_join.get(key) {
+                        left_out.all.insert(user.server_name());
+                    }
+                    members.extend(nid.map(|nid| (nid, user.server_name())));
+                }
+                for members in members.chunks(MEMBERS_BATCH) {
+                    let nids: Vec<_> = members.iter().map(|(nid, _)| *nid).collect();
+                    let memberships = events::memberships(c, &nids)?;
+                    let joined =
+                        |nid| matches!(memberships.get(nid), Some(Some(m)) if &**m == "join");
+                    let joined = members.iter().filter(|(nid, _)| joined(nid));
+                    left_out
+                        .in_room
+                        .extend(joined.map(|(_, server)| server.clone()));
+                }
+                left_out.all.extend(left_out.in_room.iter().cloned());
+                Ok(left_out)
             })
-            .await?;
-        let told: BTreeSet<&ServerName> = marker
-            .servers_in_room
-            .iter()
-            .chain([&marker.joined_via])
-            .collect();
-        let own = &self.config().server_name;
-        let others = |users: BTreeSet<UserId>| {
-            let servers: BTreeSet<ServerName> = users.iter().map(UserId::server_name).collect();
-            let servers = servers.into_iter();
-            servers
-                .filter(|server| server != own && !told.contains(server))
-                .collect()
-        };
-        Ok(LeftOut {
-            all: others(users),
-            in_room: others(joined),
-        })
+            .await
     }
 }
 
 /// Servers that the join list does not have.
+#[derive(Default)]
 struct LeftOut {
-    all: Vec<ServerName>,
-    in_room: Vec<ServerName>,
-}
-
-/// The keys at which a member is joined.
-fn members_joined(c: &mut dyn storage::Conn, state: &StateMap) -> storage::Result<Vec<KeyNid>> {
-    let entries: Vec<_> = state.iter().collect();
-    let mut keys = Vec::new();
-    for chunk in entries.chunks(MEMBERS_BATCH) {
-        let nids: Vec<_> = chunk.iter().map(|(_, nid)| *nid).collect();
-        let pdus = events::pdus(c, &nids)?;
-        keys.extend(chunk.iter().filter_map(|(key, nid)| {
-            let joined = pdus.get(nid)?.membership() == Some("join");
-            joined.then_some(*key)
-        }));
-    }
-    Ok(keys)
+    all: BTreeSet<ServerName>,
+    in_room: BTreeSet<ServerName>,
 }
 
 /// Members whose events are looked at in one go.
