@@ -143,14 +143,15 @@ impl FederationReads<'_> {
         Ok(json!({ "pdu_ids": pdu_ids, "auth_chain_ids": auth_chain_ids }))
     }
 
-    /// `GET /state/{roomId}`
+    /// `GET /state/{roomId}`, the auth chain first, so that whoever reads along has what it needs to judge an
+    /// event when it comes, and need not keep it.
     pub async fn state(&self, room: &RoomId, event: &EventId) -> Result<EventStream> {
         let (state, chain) = self.state_before(room, event).await?;
         Ok(EventStream::new(self.hs.store().clone())
-            .text("{\"pdus\":[")
-            .events(state)
-            .text("],\"auth_chain\":[")
+            .text("{\"auth_chain\":[")
             .events(chain)
+            .text("],\"pdus\":[")
+            .events(state)
             .text("]}"))
     }
 
