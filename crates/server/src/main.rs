@@ -27,6 +27,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{RegistrationMode, Settings, Verification};
 
+/// See docs/decisions/0010-allocator.md; how many arenas it has is set in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Requests under way at a stop get this long to end.
 const STOP_MAX: Duration = Duration::from_secs(10);
 
