@@ -271,7 +271,8 @@ pub fn redaction_targets(c: &mut dyn Conn, events: &[EventNid]) -> Result<Vec<Ev
 }
 
 const PLAIN_KEYS: &str = "SELECT key_nid FROM state_keys
-    WHERE room_nid = $1 AND (kind < 'm.room.member' OR kind > 'm.room.member')";
+    WHERE room_nid = $1 AND kind < 'm.room.member'
+    UNION ALL SELECT key_nid FROM state_keys WHERE room_nid = $1 AND kind > 'm.room.member'";
 
 /// Every state key that is not a membership.
 pub fn keys_without_members(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<KeyNid>> {

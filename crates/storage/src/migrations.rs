@@ -28,6 +28,11 @@ const FILES: &[(i64, &str, &str)] = &[
         "deferred_pdus",
         include_str!("schema/007_deferred_pdus.sql"),
     ),
+    (
+        8,
+        "invited_members",
+        include_str!("schema/008_invited_members.sql"),
+    ),
 ];
 
 /// Its table is filled from others, which takes more than a statement.

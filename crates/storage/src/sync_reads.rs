@@ -25,8 +25,10 @@ pub struct Membership {
 const MEMBERSHIPS: &str = "SELECT r.room_id, m.room_nid, m.membership, m.event_nid, m.position
     FROM memberships m JOIN rooms r ON r.nid = m.room_nid WHERE m.user_id = $1 ORDER BY r.room_id";
 const BECAME_FULL: &str = "SELECT room_nid FROM became_full WHERE position > $1 AND position <= $2";
-const COUNTS: &str = "SELECT membership, COUNT(*) FROM memberships WHERE room_nid = $1
-    AND membership IN ('join', 'invite') GROUP BY membership";
+const JOINED_COUNT: &str =
+    "SELECT CAST(COALESCE(SUM(joined), 0) AS BIGINT) FROM room_hosts WHERE room_nid = $1";
+const INVITED_COUNT: &str =
+    "SELECT COUNT(*) FROM memberships WHERE room_nid = $1 AND membership = 'invite'";
 const HEROES: &str = "SELECT user_id, event_nid FROM memberships WHERE room_nid = $1
     AND user_id <> $2 AND membership IN ('join', 'invite') ORDER BY position, user_id LIMIT $3";
 const OLD_HEROES: &str = "SELECT user_id, event_nid FROM memberships WHERE room_nid = $1
@@ -110,15 +112,9 @@ pub fn became_full(c: &mut dyn Conn, after: i64, up_to: i64) -> Result<Vec<RoomN
 
 /// How many are joined, and how many are invited.
 pub fn member_counts(c: &mut dyn Conn, room: RoomNid) -> Result<(i64, i64)> {
-    let mut counts = (0, 0);
-    c.query(COUNTS, &[&room], &mut |row| {
-        match row.text(0)? {
-            "join" => counts.0 = row.int(1)?,
-            _ => counts.1 = row.int(1)?,
-        }
-        Ok(())
-    })?;
-    Ok(counts)
+    let joined = c.query_one(JOINED_COUNT, &[&room], |row| row.int(0))?;
+    let invited = c.query_one(INVITED_COUNT, &[&room], |row| row.int(0))?;
+    Ok((joined, invited))
 }
 
 /// The first members beside the user, for clients to name the room by; former members when there are none.

@@ -2,12 +2,12 @@
 //!
 //! <https://spec.matrix.org/v1.18/server-server-api/#get_matrixfederationv1state_idsroomid>
 
-use axum::Json;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
 use homeserver::Homeserver;
 use homeserver::error::MatrixError;
 use protocol::id::{EventId, RoomId};
-use serde_json::Value;
 
 use super::signed::Origin;
 use crate::error::Result;
@@ -18,10 +18,10 @@ pub async fn handle(
     Path(room): Path<RoomId>,
     query: QueryPairs,
     Origin(origin): Origin,
-) -> Result<Json<Value>> {
+) -> Result<Response> {
     let event = event_of(&query)?;
     let ids = homeserver.reads_of(origin).state_ids(&room, &event).await?;
-    Ok(Json(ids))
+    Ok(([(CONTENT_TYPE, "application/json")], ids).into_response())
 }
 
 /// `event_id`, which must be there.
