@@ -546,8 +546,9 @@ impl Judging {
         let mut writes = WriteSet::new(self.facts.room.clone(), head.version);
         writes.expect = Some(head.revision);
         let mut view = View::of(head);
-        if !succeeded {
-            view.add(&mut self.facts, &placed)?;
+        match succeeded {
+            true => view.add_below(&mut self.facts, &placed)?,
+            false => view.add(&mut self.facts, &placed)?,
         }
         writes.events = vec![placed.into_event(FanOut::Nobody, None)];
         view.write(&mut writes);

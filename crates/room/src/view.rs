@@ -87,8 +87,7 @@ impl View {
         Ok((facts.resolve(self.version, maps)?, partial))
     }
 
-    /// Puts an event on top. A rejected or soft-failed one changes nothing but what is known of it, and so
-    /// does one that came after what was built on it.
+    /// Puts an event on top. A rejected or soft-failed one changes nothing but what is known of it.
     pub fn add(&mut self, facts: &mut Facts, placed: &Placed) -> Got<()> {
         let auth_events = placed.pdu.auth_events.iter();
         let auth_events = auth_events.filter_map(|id| facts.nid(id)).collect();
@@ -108,23 +107,43 @@ impl View {
         if placed.verdict != Verdict::Accepted {
             return Ok(());
         }
-        let prevs = &placed.pdu.prev_events;
-        let mut rest = self.extremities.clone();
-        rest.retain(|e| !prevs.contains(&e.event_id) && e.nid != placed.nid);
-        let nids: Vec<_> = rest.iter().map(|e| e.nid).collect();
-        let others = facts.states(&nids)?;
-        let mut maps: Vec<_> = others.into_iter().flatten().map(|at| at.after).collect();
+        let rest = self.rest(placed);
+        let mut maps = states_after(facts, &rest)?;
         maps.push(placed.state.after.clone());
         self.state = facts.resolve(self.version, maps)?;
-        rest.push(Extremity {
+        self.extremities = rest;
+        self.extremities.push(Extremity {
             nid: placed.nid,
             event_id: placed.pdu.event_id.clone(),
             depth: placed.pdu.depth,
             partial: placed.state.partial,
         });
+        self.moved = true;
+        Ok(())
+    }
+
+    /// Puts an event below what was built on it before it came. What it stands on is no end of the room any more:
+    /// left there, a state of long ago would be resolved with today's, and undo what has happened since. In a
+    /// partial room it stays: a partial state need not have the members that an older one has, ours among them.
+    pub fn add_below(&mut self, facts: &mut Facts, placed: &Placed) -> Got<()> {
+        let rest = self.rest(placed);
+        let moves = !rest.is_empty() && rest.len() < self.extremities.len();
+        let partial = placed.state.partial || self.extremities.iter().any(|e| e.partial);
+        if placed.verdict != Verdict::Accepted || !moves || partial {
+            return Ok(());
+        }
+        let maps = states_after(facts, &rest)?;
+        self.state = facts.resolve(self.version, maps)?;
         self.extremities = rest;
         self.moved = true;
         Ok(())
+    }
+
+    /// The extremities that stay when this event has a place.
+    fn rest(&self, placed: &Placed) -> Vec<Extremity> {
+        let prevs = &placed.pdu.prev_events;
+        let stays = |e: &&Extremity| !prevs.contains(&e.event_id) && e.nid != placed.nid;
+        self.extremities.iter().filter(stays).cloned().collect()
     }
 
     /// Writes extremities and current state, if they moved.
@@ -134,6 +153,12 @@ impl View {
             writes.current_state = Some(self.state);
         }
     }
+}
+
+fn states_after(facts: &Facts, extremities: &[Extremity]) -> Got<Vec<StateMap>> {
+    let nids: Vec<_> = extremities.iter().map(|e| e.nid).collect();
+    let states = facts.states(&nids)?;
+    Ok(states.into_iter().flatten().map(|at| at.after).collect())
 }
 
 impl Placed {

@@ -254,14 +254,19 @@ impl Follower {
 
     /// What a limited timeline left out, oldest first. It begins where the room was last told of, which may be
     /// before `since`: a resolution can undo the user's join, and another bring it back, and of what came in
-    /// between only the second tells, as of a gap.
+    /// between only the second tells, as of a gap. Then what was shown may lie, by its depth, among what was not.
     async fn between(&self, from: &str) -> Result<Option<Vec<Value>>, String> {
         let to = self.told.as_deref().unwrap_or_default();
-        let walk = walk(&self.user, &self.room, Some(from), Some(to)).await?;
-        Ok(walk.map(|mut events| {
-            events.reverse();
-            events
-        }))
+        let Some(walk) = walk(&self.user, &self.room, Some(from), Some(to)).await? else {
+            return Ok(None);
+        };
+        let again = self.told != self.since;
+        let shown = |event: &Value| {
+            let id = event["event_id"].as_str().unwrap_or_default();
+            again && self.known.contains(id)
+        };
+        let oldest_first = walk.into_iter().rev();
+        Ok(Some(oldest_first.filter(|event| !shown(event)).collect()))
     }
 }
 
