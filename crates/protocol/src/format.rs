@@ -113,21 +113,18 @@ pub(crate) fn references(
         .get(key)
         .and_then(canonical_json::elements)
         .ok_or_else(bad)?;
-    let ids: Result<Vec<EventId>, PduError> = list
-        .map(|entry| {
-            let id = if rules.reference_pairs {
-                paired_id(entry)
-            } else {
-                canonical_json::string(entry)
-            };
-            EventId::parse_oversized(&id.ok_or_else(bad)?).map_err(|_| bad())
-        })
-        .collect();
-    ids.map(|mut ids| {
-        // Many events are kept for a while when a room is joined.
-        ids.shrink_to_fit();
-        ids
-    })
+    let ids = list.map(|entry| {
+        let id = if rules.reference_pairs {
+            paired_id(entry)
+        } else {
+            canonical_json::string(entry)
+        };
+        EventId::parse_oversized(&id.ok_or_else(bad)?).map_err(|_| bad())
+    });
+    let mut ids = ids.collect::<Result<Vec<_>, _>>()?;
+    // Many events are kept for a while when a room is joined.
+    ids.shrink_to_fit();
+    Ok(ids)
 }
 
 /// The id in `["$id", {"sha256": "…"}]`.
