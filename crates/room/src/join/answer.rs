@@ -281,7 +281,7 @@ impl Reply {
             Ok(auth) => auth,
             Err(conclusion) => return Ok(conclusion),
         };
-        let answered = self.state_map(&sifted, facts);
+        let answered = self.state_map(&sifted, &stored, facts);
         let standing = match head.filter(|_| in_room) {
             Some(head) => Standing::beside(head, &room, answered, &stored, facts)?,
             None => Standing::alone(answered),
@@ -399,6 +399,7 @@ impl Reply {
         let own_auth = room.join.auth_events.iter();
         ids.extend(own_auth.filter(|id| !self.pdus.contains_key(*id)).cloned());
         ids.extend(room.join.prev_events.iter().cloned());
+        ids.extend(self.forged.iter().map(|(_, id)| id.clone()));
         let ids: Vec<_> = ids.into_iter().collect();
         let events = self.pdus.keys().chain([&room.join.event_id]).cloned();
         let keys = self.pdus.values().filter_map(|pdu| state_key(pdu));
@@ -446,8 +447,14 @@ impl Reply {
         Ok(numbered.collect())
     }
 
-    /// The `state` section as a map. Rejected and left-out events are not state (J-60, J-61).
-    fn state_map(&self, sifted: &Sifted, facts: &Facts) -> StateMap {
+    /// The `state` section as a map. Rejected and left-out events are not state (J-60, J-61). Of what came forged
+    /// the true one may be here already (J-59).
+    fn state_map(
+        &self,
+        sifted: &Sifted,
+        stored: &BTreeMap<EventId, Found>,
+        facts: &Facts,
+    ) -> StateMap {
         let verdicts = sifted.verdicts();
         let mut map = StateMap::new();
         for id in &self.state {
@@ -457,6 +464,15 @@ impl Reply {
                 && map.get(key).is_none()
             {
                 map.insert(key, nid);
+            }
+        }
+        let forged = self.forged.iter().filter(|(s, _)| *s == Section::State);
+        for (_, id) in forged {
+            if let Some(Found { known, .. }) = stored.get(id)
+                && let (false, Some(key)) = (known.rejected, known.key)
+                && map.get(key).is_none()
+            {
+                map.insert(key, known.nid);
             }
         }
         map
