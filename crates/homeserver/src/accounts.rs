@@ -703,10 +703,22 @@ impl Homeserver {
         Ok(())
     }
 
+    /// At boot: what a stop may have kept from happening.
+    pub(crate) async fn resume_leaving(&self) -> Result<()> {
+        let users = self
+            .store()
+            .read(storage::accounts::deactivated_members)
+            .await?;
+        for user in users {
+            self.leave_everything(user);
+        }
+        Ok(())
+    }
+
     /// Behind the request: some rooms are other servers' to let go of, and those can be slow.
     fn leave_everything(&self, user: UserId) {
         let hs = self.clone();
-        self.tracker().spawn(async move {
+        self.spawn_until_stop("leave_everything", async move {
             let who = user.clone();
             let memberships = hs
                 .store()
@@ -753,7 +765,7 @@ impl Homeserver {
         noted.insert(key.clone(), now_ms);
         drop(noted);
         let store = self.store().clone();
-        self.tracker().spawn(async move {
+        self.spawn_to_end("note_device", async move {
             let (user, device) = key;
             let address = address.map(|address| address.to_string());
             let noted = store.write(move |c| {

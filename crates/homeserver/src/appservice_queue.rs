@@ -40,14 +40,11 @@ impl Homeserver {
             .iter()
             .filter(|service| service.url.is_some())
         {
-            let (hs, service, stop) = (self.clone(), Arc::clone(service), self.stopping());
-            self.tracker().spawn(async move {
-                tokio::select! {
-                    biased;
-                    () = hs.follow_events(&service) => {}
-                    () = stop.cancelled() => {}
-                }
-            });
+            let (hs, service) = (self.clone(), Arc::clone(service));
+            self.spawn_until_stop(
+                "appservice",
+                async move { hs.follow_events(&service).await },
+            );
         }
     }
 

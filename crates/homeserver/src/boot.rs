@@ -26,6 +26,7 @@ impl Homeserver {
         self.resume_incoming().await?;
         self.tasks().resume().await?;
         self.mind_all_guests().await?;
+        self.resume_leaving().await?;
         self.resume_pushing().await?;
         self.watch_presence();
         self.tell_appservices();

@@ -53,20 +53,6 @@ impl Homeserver {
 }
 
 impl Homeserver {
-    /// Counts come before the wake-up, so that a client sees an event and its count together; whoever sent the
-    /// event does not wait for it.
-    fn count_then_wake(&self, room: &RoomId) {
-        let (hs, room) = (self.clone(), room.clone());
-        self.tracker().spawn(async move {
-            if let Err(error) = hs.count_room(&room).await {
-                tracing::warn!(%room, %error, "the push rules could not be run");
-            }
-            hs.notifier().wake_room(&room);
-        });
-    }
-}
-
-impl Homeserver {
     /// Our users that came into a replacement of a room they know keep what they had there.
     fn carry_over(&self, room: &RoomId, applied: &Applied) {
         for change in &applied.memberships {
@@ -76,7 +62,7 @@ impl Homeserver {
                 continue;
             }
             let (hs, room, user) = (self.clone(), room.clone(), change.user.clone());
-            self.tracker().spawn(async move {
+            self.spawn_to_end("carry_over", async move {
                 if let Err(error) = crate::upgrade::carry_over(&hs, &user, &room).await {
                     tracing::warn!(%room, %user, %error, "nothing was carried over from the old room");
                 }
@@ -98,7 +84,7 @@ impl Homeserver {
             return;
         }
         let (hs, room) = (self.clone(), room.clone());
-        self.tracker().spawn(async move {
+        self.spawn_to_end("introduce_devices", async move {
             let full =
                 matches!(hs.rooms().head(&room).await, Ok(Some(head)) if head.partial.is_none());
             if !full {

@@ -44,16 +44,8 @@ where
     M: Machine + Send + 'static,
     M::Outcome: Send + 'static,
 {
-    let (hs, stop) = (hs.clone(), hs.stopping());
-    let tracker = hs.tracker().clone();
-    let running = tracker.spawn(async move {
-        tokio::select! {
-            // Here and in all of this crate: which of two goes first is never chance.
-            biased;
-            outcome = turn(&hs, run) => Some(outcome),
-            () = stop.cancelled() => None,
-        }
-    });
+    let machine = hs.clone();
+    let running = hs.spawn_until_stop("machine", async move { turn(&machine, run).await });
     running.await.ok().flatten()
 }
 
@@ -208,9 +200,9 @@ fn execute(
         }
         // Not among the asks: a commit under way is finished and followed up even if the run ends.
         Effect::Commit { ticket, writes } => {
-            let tracker = hs.tracker().clone();
-            tracker.spawn(async move {
-                let outcome = persist(ticket, || hs.commit((*writes).clone())).await;
+            let store = hs.clone();
+            hs.spawn_to_end("commit", async move {
+                let outcome = persist(ticket, || store.commit((*writes).clone())).await;
                 let _machine_is_done = inputs.send(Input::Committed { ticket, outcome }).await;
             });
         }

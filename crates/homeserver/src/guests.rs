@@ -41,15 +41,14 @@ impl Homeserver {
             return;
         }
         let (hs, room) = (self.clone(), room.clone());
-        self.tracker()
-            .spawn(async move { hs.send_guests_out(room).await });
+        self.spawn_until_stop("guests", async move { hs.send_guests_out(room).await });
     }
 
     /// What a stop may have kept from happening.
     pub(crate) async fn mind_all_guests(&self) -> Result<()> {
         let rooms = self.store().read(accounts::rooms_with_guests).await?;
         let hs = self.clone();
-        self.tracker().spawn(async move {
+        self.spawn_until_stop("guests", async move {
             for room in rooms {
                 hs.send_guests_out(room).await;
             }

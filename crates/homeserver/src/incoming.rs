@@ -257,14 +257,8 @@ impl Homeserver {
             }
             rooms.insert(room.clone(), false);
         }
-        let (hs, stop) = (self.clone(), self.stopping());
-        self.tracker().spawn(async move {
-            tokio::select! {
-                biased;
-                () = work(&hs, &room) => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        let hs = self.clone();
+        self.spawn_until_stop("incoming", async move { work(&hs, &room).await });
     }
 
     /// A server is heard of: what it sent and was put off may be taken now.
@@ -300,13 +294,10 @@ impl Homeserver {
             }
             alarms.insert(room.clone(), due);
         }
-        let (hs, room, stop) = (self.clone(), room.clone(), self.stopping());
-        self.tracker().spawn(async move {
+        let (hs, room) = (self.clone(), room.clone());
+        self.spawn_until_stop("incoming_alarm", async move {
             let wait = u64::try_from(due - hs.clock().unix_ms()).unwrap_or(0);
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(wait)) => {}
-                () = stop.cancelled() => return,
-            }
+            tokio::time::sleep(Duration::from_millis(wait)).await;
             {
                 let mut alarms = lock(&hs.workers().alarms);
                 if alarms.get(&room) == Some(&due) {

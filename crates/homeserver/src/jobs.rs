@@ -282,7 +282,7 @@ impl Jobs<'_> {
         });
         if let Some((server, outcome)) = attempt {
             let store = self.hs.store().clone();
-            self.hs.tracker().spawn(async move {
+            self.hs.spawn_to_end("record_attempt", async move {
                 let recorded = store
                     .write(move |c| queues::record_attempt(c, number, &server, now, &outcome))
                     .await;
@@ -347,7 +347,7 @@ impl Jobs<'_> {
         self.hs.notifier().wake(&Topic::Jobs);
         if keep {
             let store = self.hs.store().clone();
-            self.hs.tracker().spawn(async move {
+            self.hs.spawn_to_end("record_progress", async move {
                 if let Err(error) = store.write(move |c| queues::update_job(c, &job)).await {
                     tracing::warn!(%error, "a job's progress was not recorded");
                 }

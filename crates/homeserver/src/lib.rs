@@ -8,6 +8,7 @@ pub mod account_data;
 pub mod accounts;
 pub mod appservice;
 mod appservice_queue;
+mod background;
 pub mod backup;
 mod boot;
 mod checks;
@@ -79,8 +80,6 @@ use federation::{Client, KeyRing, OldKey, Transport, UnixClock};
 use protocol::signature::SigningKey;
 use room::template::Own;
 use storage::Store;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::appservice::Appservices;
 use crate::clock::Clock;
@@ -114,8 +113,7 @@ struct Inner {
     limits: limits::RateLimits,
     nonces: shared_secret::Nonces,
     own: Own,
-    tracker: TaskTracker,
-    stop: CancellationToken,
+    background: background::Background,
     queues: outgoing::Queues,
     board: jobs::Board,
     handshakes: rooms::Handshakes,
@@ -179,8 +177,7 @@ impl Homeserver {
                 limits,
                 nonces: shared_secret::Nonces::default(),
                 own,
-                tracker: TaskTracker::new(),
-                stop: CancellationToken::new(),
+                background: background::Background::default(),
                 queues: outgoing::Queues::default(),
                 board: jobs::Board::default(),
                 handshakes: rooms::Handshakes::default(),
@@ -238,21 +235,8 @@ impl Homeserver {
         &self.inner.own
     }
 
-    /// Background work that a stop waits for.
-    pub fn tracker(&self) -> &TaskTracker {
-        &self.inner.tracker
-    }
-
-    /// Ends when the server stops.
-    pub fn stopping(&self) -> CancellationToken {
-        self.inner.stop.clone()
-    }
-
-    /// Ends background work; returns when it has ended. What was under way goes on at the next start.
-    pub async fn stop(&self) {
-        self.inner.stop.cancel();
-        self.inner.tracker.close();
-        self.inner.tracker.wait().await;
+    pub(crate) fn background(&self) -> &background::Background {
+        &self.inner.background
     }
 
     pub(crate) fn queues(&self) -> &outgoing::Queues {

@@ -137,14 +137,8 @@ impl Outgoing<'_> {
 
     fn spawn(&self, server: ServerName) {
         let hs = self.hs.clone();
-        let stop = hs.stopping();
-        self.hs.tracker().spawn(async move {
-            tokio::select! {
-                biased;
-                () = work(&hs, server) => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        self.hs
+            .spawn_until_stop("outgoing", async move { work(&hs, server).await });
     }
 }
 

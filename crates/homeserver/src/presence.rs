@@ -203,14 +203,10 @@ impl Homeserver {
         if !self.config().presence {
             return;
         }
-        let (hs, stop) = (self.clone(), self.stopping());
-        self.tracker().spawn(async move {
+        let hs = self.clone();
+        self.spawn_until_stop("presence", async move {
             loop {
-                tokio::select! {
-                    biased;
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(SWEEP_EVERY) => {}
-                }
+                tokio::time::sleep(SWEEP_EVERY).await;
                 for user in hs.silent_users() {
                     if let Err(error) = hs.change_presence(&user, "offline", None).await {
                         tracing::warn!(%user, %error, "a user could not be taken offline");

@@ -3,14 +3,16 @@
 //! The rules are run over a room's events once, before the room's syncs are woken, so that a client sees an
 //! event and its count together. <https://spec.matrix.org/v1.18/client-server-api/#push-notifications>
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocol::id::{EventId, RoomId, UserId};
 use protocol::pdu::Pdu;
 use ruma_common::power_levels::NotificationPowerLevels;
-use ruma_common::push::{PushConditionPowerLevelsCtx, PushConditionRoomCtx, Ruleset};
+use ruma_common::push::{
+    FlattenedJson, PushConditionPowerLevelsCtx, PushConditionRoomCtx, Ruleset,
+};
 use ruma_common::room_version_rules::RoomPowerLevelsRules;
 use ruma_common::serde::Raw;
 use ruma_common::{OwnedRoomId, OwnedUserId, RoomVersionId};
@@ -42,8 +44,8 @@ const GATEWAY_ANSWER_BYTES_MAX: usize = 64 << 10;
 
 #[derive(Default)]
 pub(crate) struct State {
-    /// One run over a room at a time.
-    rooms: Mutex<HashMap<RoomId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Rooms whose events are being looked at, and whether more have come since.
+    rooms: Mutex<HashMap<RoomId, bool>>,
     /// Users whose gateways are being told.
     sending: Mutex<HashSet<UserId>>,
 }
@@ -66,45 +68,71 @@ struct Listener {
 }
 
 impl Homeserver {
-    /// Runs the push rules over what is new in a room.
-    pub async fn count_room(&self, room: &RoomId) -> Result<()> {
-        let turn = {
-            let mut rooms = self
-                .inner
-                .push
-                .rooms
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            rooms.retain(|_, turn| Arc::strong_count(turn) > 1);
-            Arc::clone(rooms.entry(room.clone()).or_default())
-        };
-        let _turn = turn.lock().await;
-        loop {
-            let asked = room.clone();
-            let round = self.store().read(move |c| gather(c, &asked)).await?;
-            let Some(round) = round else { return Ok(()) };
-            let mut actions = Vec::new();
-            for (pdu, position) in &round.events {
-                judge(room, pdu, *position, &round.listeners, &mut actions).await;
+    /// Runs the push rules over what is new in a room, then wakes its users: so a client sees an event and
+    /// its count together. Whoever sent the event does not wait for it.
+    pub(crate) fn count_then_wake(&self, room: &RoomId) {
+        {
+            let mut rooms = lock(&self.inner.push.rooms);
+            if let Some(more) = rooms.get_mut(room) {
+                *more = true;
+                return;
             }
-            let users: HashSet<UserId> = actions
-                .iter()
-                .map(|action: &Action| action.user.clone())
-                .collect();
-            let (name, up_to) = (room.as_str().to_owned(), round.up_to);
-            self.store()
-                .write(move |c| {
-                    table::put_actions(c, &actions)?;
-                    table::set_progress(c, &name, up_to)
-                })
-                .await?;
-            for user in users {
-                self.start_pushing(&user);
-            }
-            if !round.more {
-                return Ok(());
-            }
+            rooms.insert(room.clone(), false);
         }
+        let (hs, room) = (self.clone(), room.clone());
+        self.spawn_until_stop("count", async move {
+            loop {
+                let more = match hs.count_next(&room).await {
+                    Ok(more) => more,
+                    Err(error) => {
+                        tracing::warn!(%room, %error, "the push rules could not be run");
+                        false
+                    }
+                };
+                hs.notifier().wake_room(&room);
+                if more {
+                    continue;
+                }
+                let mut rooms = lock(&hs.inner.push.rooms);
+                match rooms.get_mut(&room) {
+                    Some(more) if *more => *more = false,
+                    _ => {
+                        rooms.remove(&room);
+                        return;
+                    }
+                }
+            }
+        });
+    }
+
+    /// One round; whether there is more.
+    async fn count_next(&self, room: &RoomId) -> Result<bool> {
+        let asked = room.clone();
+        let round = self.store().read(move |c| gather(c, &asked)).await?;
+        let Some(round) = round else {
+            return Ok(false);
+        };
+        let mut actions = Vec::new();
+        for (pdu, position) in &round.events {
+            judge(room, pdu, *position, &round.listeners, &mut actions).await;
+            // A thousand listeners take milliseconds, and others want this thread.
+            tokio::task::yield_now().await;
+        }
+        let users: HashSet<UserId> = actions
+            .iter()
+            .map(|action: &Action| action.user.clone())
+            .collect();
+        let (name, up_to) = (room.as_str().to_owned(), round.up_to);
+        self.store()
+            .write(move |c| {
+                table::put_actions(c, &actions)?;
+                table::set_progress(c, &name, up_to)
+            })
+            .await?;
+        for user in users {
+            self.start_pushing(&user);
+        }
+        Ok(round.more)
     }
 
     /// The user has read everything in the room up to this event.
@@ -260,8 +288,16 @@ impl Homeserver {
         Ok(())
     }
 
-    /// At boot: gateways that were not told before the server stopped.
+    /// At boot: events that were not counted, and gateways that were not told, before the server stopped.
     pub async fn resume_pushing(&self) -> Result<()> {
+        let newest = self.store().read(|c| {
+            let end = streams::position(c, streams::Stream::Events)?;
+            storage::appservices::events_after(c, end - EVENTS_BACK_MAX, EVENTS_BACK_MAX)
+        });
+        let rooms: BTreeSet<RoomId> = newest.await?.into_iter().map(|(_, _, room)| room).collect();
+        for room in rooms {
+            self.count_then_wake(&room);
+        }
         let pushers = self.store().read(table::all).await?;
         for pusher in pushers {
             self.start_pushing(&pusher.user);
@@ -270,29 +306,14 @@ impl Homeserver {
     }
 
     fn start_pushing(&self, user: &UserId) {
-        let mut sending = self
-            .inner
-            .push
-            .sending
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut sending = lock(&self.inner.push.sending);
         if !sending.insert(user.clone()) {
             return;
         }
-        let (hs, user, stop) = (self.clone(), user.clone(), self.stopping());
-        self.tracker().spawn(async move {
-            tokio::select! {
-                biased;
-                () = hs.push_all(&user) => {}
-                () = stop.cancelled() => {}
-            }
-            let mut sending = hs
-                .inner
-                .push
-                .sending
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            sending.remove(&user);
+        let (hs, user) = (self.clone(), user.clone());
+        self.spawn_until_stop("push", async move {
+            hs.push_all(&user).await;
+            lock(&hs.inner.push.sending).remove(&user);
         });
     }
 
@@ -658,14 +679,17 @@ async fn judge(
     let Ok(raw) = Raw::<Value>::from_json_string(pdu.json.to_string()) else {
         return;
     };
+    // For all listeners: it costs ten times what the rules do.
+    let event = FlattenedJson::from_raw(&raw);
     for listener in listeners {
         let about_invite = &*pdu.kind == "m.room.member"
             && pdu.state_key.as_deref() == Some(listener.user.as_str());
         let deaf = listener.invited && !about_invite;
-        if deaf || listener.ignored.contains(pdu.sender.as_str()) {
+        let own = pdu.sender == listener.user;
+        if deaf || own || listener.ignored.contains(pdu.sender.as_str()) {
             continue;
         }
-        let found = listener.rules.get_actions(&raw, &listener.context).await;
+        let found = matching(&listener.rules, &event, &listener.context).await;
         if !found.iter().any(ruma_common::push::Action::should_notify) {
             continue;
         }
@@ -679,6 +703,24 @@ async fn judge(
             actions: push_rules::actions_json(found).to_string(),
         });
     }
+}
+
+/// The actions of the first rule that fits.
+async fn matching<'a>(
+    rules: &'a Ruleset,
+    event: &FlattenedJson,
+    context: &PushConditionRoomCtx,
+) -> &'a [ruma_common::push::Action] {
+    for rule in rules {
+        if rule.applies(event, context).await {
+            return rule.actions();
+        }
+    }
+    &[]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The root of the thread that an event says it is in.

@@ -153,7 +153,7 @@ impl Homeserver {
     /// whoever joined learns of the other branches by an event that follows them all.
     fn tie_extremities(&self, room: RoomId) {
         let hs = self.clone();
-        self.tracker().spawn(async move {
+        self.spawn_until_stop("tie_extremities", async move {
             if let Err(error) = hs.rooms().send_dummy(&room).await {
                 tracing::debug!(%room, %error, "the branches stay apart until the next event");
             }

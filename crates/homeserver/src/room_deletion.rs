@@ -145,7 +145,7 @@ impl Homeserver {
             });
         }
         let (hs, id) = (self.clone(), delete_id.clone());
-        self.tracker().spawn(async move {
+        self.spawn_until_stop("delete_room", async move {
             let ended = hs.delete_room(&room, &by, how).await;
             let mut deletions = hs.inner.deletions.lock();
             if let Some(status) = deletions.iter_mut().find(|d| d.delete_id == id) {

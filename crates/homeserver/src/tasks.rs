@@ -80,14 +80,13 @@ impl Tasks<'_> {
             commands
         };
         let hs = self.hs.clone();
-        self.hs.tracker().spawn(async move {
+        self.hs.spawn_until_stop("resync", async move {
             resync(&hs, &room, rest, commands).await;
             hs.tasks().lock().remove(&room);
             hs.tasks().resync_pauses(&room);
             // Somebody may have joined between the end and here (S-30).
             if let Ok(Some(head)) = hs.rooms().head(&room).await
                 && head.partial.is_some()
-                && !hs.stopping().is_cancelled()
             {
                 hs.tasks().start_resync(room, None);
             }
@@ -176,8 +175,7 @@ impl Tasks<'_> {
         for intent in intents.into_iter().filter(|intent| !intent.owe_leave) {
             let hs = self.hs.clone();
             self.hs
-                .tracker()
-                .spawn(async move { resume_join(&hs, intent).await });
+                .spawn_until_stop("resume_join", async move { resume_join(&hs, intent).await });
         }
         let rooms = rooms.into_iter().map(|(_, room)| room);
         self.resumed().waiting.extend(rooms);
@@ -193,14 +191,9 @@ impl Tasks<'_> {
         if debts.paying.swap(true, Ordering::SeqCst) {
             return;
         }
-        let (hs, stop) = (self.hs.clone(), self.hs.stopping());
-        self.hs.tracker().spawn(async move {
-            tokio::select! {
-                biased;
-                () = pay_debts(&hs) => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        let hs = self.hs.clone();
+        self.hs
+            .spawn_until_stop("pay_debts", async move { pay_debts(&hs).await });
     }
 
     /// A room has become full: what waited for that.

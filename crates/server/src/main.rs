@@ -34,6 +34,9 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Requests under way at a stop get this long to end.
 const STOP_MAX: Duration = Duration::from_secs(10);
 
+/// Work on a thread of its own that nobody waits for gets this long.
+const BLOCKING_MAX: Duration = Duration::from_secs(1);
+
 #[derive(Parser)]
 #[command(
     name = "vestibule",
@@ -113,7 +116,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Serve => {
             telemetry::start(&settings.log)?;
-            runtime.block_on(serve(&settings))
+            let served = runtime.block_on(serve(&settings));
+            // Whoever asked for a hash or a thumbnail that is still being made has gone.
+            runtime.shutdown_timeout(BLOCKING_MAX);
+            served
         }
         Command::GenerateConfig { .. } => Ok(()),
     }
@@ -178,7 +184,11 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
         .await
         .is_err()
     {
-        tracing::info!("some background work did not end in time; it goes on at the next start");
+        let under_way = homeserver.under_way();
+        tracing::warn!(
+            ?under_way,
+            "background work did not end in time; it goes on at the next start"
+        );
     }
     Ok(())
 }

@@ -43,6 +43,12 @@ const GUESTS_IN: &str = "SELECT m.user_id FROM memberships m JOIN rooms r ON r.n
 const ROOMS_WITH_GUESTS: &str = "SELECT DISTINCT r.room_id FROM users u
     JOIN memberships m ON m.user_id = u.user_id AND m.membership = 'join'
     JOIN rooms r ON r.nid = m.room_nid WHERE u.guest = 1 ORDER BY r.room_id";
+const DEACTIVATED_MEMBERS: &str = "SELECT u.user_id FROM users u WHERE u.deactivated = 1
+    AND (EXISTS (SELECT 1 FROM memberships m WHERE m.user_id = u.user_id
+            AND m.membership IN ('join', 'invite', 'knock'))
+        OR EXISTS (SELECT 1 FROM out_of_band o WHERE o.user_id = u.user_id
+            AND o.membership IN ('invite', 'knock')))
+    ORDER BY u.user_id";
 
 /// `false` when the name is taken.
 pub fn create(c: &mut dyn Conn, user: &UserId, new: &User) -> Result<bool> {
@@ -99,6 +105,11 @@ pub fn guests_in(c: &mut dyn Conn, room: &RoomId) -> Result<Vec<UserId>> {
 
 pub fn rooms_with_guests(c: &mut dyn Conn) -> Result<Vec<RoomId>> {
     c.query_all(ROOMS_WITH_GUESTS, &[], |row| row.id(0))
+}
+
+/// Deactivated users who are still in a room, or invited to one.
+pub fn deactivated_members(c: &mut dyn Conn) -> Result<Vec<UserId>> {
+    c.query_all(DEACTIVATED_MEMBERS, &[], |row| row.id(0))
 }
 
 pub fn set_password(c: &mut dyn Conn, user: &UserId, hash: Option<&str>) -> Result<()> {

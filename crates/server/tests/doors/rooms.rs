@@ -259,3 +259,52 @@ async fn a_room_becomes_full_and_messages_go_both_ways() {
         .await;
     assert_eq!(left["state_key"], bob.id);
 }
+
+#[tokio::test]
+async fn what_a_crash_kept_from_being_counted_is_counted_at_the_next_start() {
+    let server = server().await;
+    let (alice, bob) = (server.register("alice").await, server.register("bob").await);
+    let room = public_room(&alice).await;
+    bob.join(&room, "a.test").await;
+    let counted = |count: i64| {
+        let room = room.clone();
+        move |sync: &Value| {
+            let counts = &sync["rooms"]["join"][&room]["unread_notifications"];
+            (counts["notification_count"] == count).then_some(())
+        }
+    };
+    let words: Vec<String> = (0..5).map(|n| format!("word-{n}")).collect();
+    for words in &words {
+        say(&bob, &room, words).await;
+    }
+    alice.sync_until(None, counted(5)).await;
+
+    let forget = |c: &mut dyn storage::Conn| {
+        c.execute("DELETE FROM push_actions", &[])?;
+        c.execute("UPDATE push_progress SET position = 0", &[])
+    };
+    server.store().write(forget).await.unwrap();
+    server.restart().await;
+    alice.sync_until(None, counted(5)).await;
+}
+
+#[tokio::test]
+async fn who_was_deactivated_just_before_a_crash_leaves_at_the_next_start() {
+    let server = server().await;
+    let (alice, bob) = (server.register("alice").await, server.register("bob").await);
+    let room = public_room(&alice).await;
+    bob.join(&room, "a.test").await;
+    let gone = protocol::id::UserId::parse(&bob.id).unwrap();
+    let deactivate =
+        move |c: &mut dyn storage::Conn| storage::accounts::deactivate(c, &gone, false);
+    server.store().write(deactivate).await.unwrap();
+    server.restart().await;
+    let left = |sync: &Value| {
+        let timeline = &sync["rooms"]["join"][&room]["timeline"]["events"];
+        let left = |event: &Value| {
+            event["state_key"] == bob.id.as_str() && event["content"]["membership"] == "leave"
+        };
+        list(timeline).iter().any(left).then_some(())
+    };
+    alice.sync_until(None, left).await;
+}

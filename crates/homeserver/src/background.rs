@@ -1,0 +1,103 @@
+//! Work that outlives its request, and how it ends with the server.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::Homeserver;
+
+/// All background work of a server.
+#[derive(Default)]
+pub(crate) struct Background {
+    tracker: TaskTracker,
+    stop: CancellationToken,
+    /// How much of each kind runs.
+    kinds: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+impl Background {
+    fn kinds(&self) -> MutexGuard<'_, BTreeMap<&'static str, usize>> {
+        self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts a piece of work for as long as it lives, however it ends.
+struct Counted {
+    hs: Homeserver,
+    kind: &'static str,
+}
+
+impl Counted {
+    fn new(hs: &Homeserver, kind: &'static str) -> Self {
+        *hs.background().kinds().entry(kind).or_default() += 1;
+        Self {
+            hs: hs.clone(),
+            kind,
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut kinds = self.hs.background().kinds();
+        if let Some(count) = kinds.get_mut(self.kind) {
+            *count -= 1;
+        }
+    }
+}
+
+impl Homeserver {
+    /// Work that a stop waits for. It must be short, or mind the stop itself.
+    pub(crate) fn spawn_to_end<F>(&self, kind: &'static str, work: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let counted = Counted::new(self, kind);
+        self.background().tracker.spawn(async move {
+            let _counted = counted;
+            work.await
+        })
+    }
+
+    /// Work that a stop cuts off: the next start takes it up, or nobody misses it. `None` when that happened.
+    pub(crate) fn spawn_until_stop<F>(
+        &self,
+        kind: &'static str,
+        work: F,
+    ) -> JoinHandle<Option<F::Output>>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let stop = self.stopping();
+        self.spawn_to_end(kind, async move {
+            tokio::select! {
+                // Here and in all of this crate: which of two goes first is never chance.
+                biased;
+                done = work => Some(done),
+                () = stop.cancelled() => None,
+            }
+        })
+    }
+
+    /// Ends when the server stops.
+    pub fn stopping(&self) -> CancellationToken {
+        self.background().stop.clone()
+    }
+
+    /// Ends background work; returns when it has ended. What was under way goes on at the next start.
+    pub async fn stop(&self) {
+        self.background().stop.cancel();
+        self.background().tracker.close();
+        self.background().tracker.wait().await;
+    }
+
+    /// Background work that runs now: kinds, and how much of each.
+    pub fn under_way(&self) -> BTreeMap<&'static str, usize> {
+        let mut kinds = self.background().kinds().clone();
+        kinds.retain(|_, count| *count > 0);
+        kinds
+    }
+}
