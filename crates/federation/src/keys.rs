@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::channel::oneshot;
 use futures::future::{BoxFuture, FutureExt, Shared, join_all};
 use protocol::id::ServerName;
 use protocol::room_version::RoomVersion;
@@ -35,6 +37,8 @@ const NOTARY_AFTER: Duration = Duration::from_secs(3);
 const NOTARY_FLIGHTS_MAX: usize = 200;
 /// Servers named in one question to a notary.
 const NOTARY_SERVERS_MAX: usize = 200;
+/// Questions to one notary at a time, for one who wants keys.
+const NOTARY_QUESTIONS_MAX: usize = 3;
 /// Servers whose keys are held in memory.
 const SERVERS_MAX: u64 = 50_000;
 /// Answered, but not with the key wanted: asking again at once is of no use.
@@ -93,10 +97,55 @@ struct Inner {
     known: moka::sync::Cache<ServerName, Arc<KnownKeys>>,
     asked: moka::sync::Cache<ServerName, Asked>,
     flights: Mutex<HashMap<ServerName, Flight>>,
+    /// Questions to notaries, by the servers that they are about.
+    questions: Mutex<HashMap<ServerName, Flight>>,
     fetches: Semaphore,
 }
 
 type Flight = Shared<BoxFuture<'static, ()>>;
+
+/// Keys that are wanted, by server; none named means whatever the server has.
+type Missing = BTreeMap<ServerName, Vec<Wanted>>;
+
+/// A question to notaries about some servers, for as long as it lives. Others wait for its end.
+struct Question {
+    ring: KeyRing,
+    servers: Vec<ServerName>,
+    _ends: oneshot::Sender<()>,
+}
+
+impl Question {
+    fn begin(ring: &KeyRing, servers: &Missing) -> Self {
+        let (ends, end) = oneshot::channel();
+        let flight = end.map(|_| ()).boxed().shared();
+        let mut questions = lock(&ring.inner.questions);
+        let mut ours = Vec::new();
+        for server in servers.keys() {
+            if !questions.contains_key(server) {
+                questions.insert(server.clone(), flight.clone());
+                ours.push(server.clone());
+            }
+        }
+        Self {
+            ring: ring.clone(),
+            servers: ours,
+            _ends: ends,
+        }
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        let mut questions = lock(&self.ring.inner.questions);
+        for server in &self.servers {
+            questions.remove(server);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The last time that a server was asked for its keys.
 #[derive(Clone, Copy)]
@@ -169,6 +218,7 @@ impl KeyRing {
                 known: moka::sync::Cache::new(SERVERS_MAX),
                 asked: moka::sync::Cache::new(SERVERS_MAX),
                 flights: Mutex::new(HashMap::new()),
+                questions: Mutex::new(HashMap::new()),
                 fetches: Semaphore::new(FETCHES_MAX),
             }),
         }
@@ -187,20 +237,27 @@ impl KeyRing {
         self.have(wanted, deadline, Purpose::Events).await
     }
 
-    /// Fetches the keys of servers whose events will come, unless they are known. Returns at once.
+    /// Fetches the keys of servers whose events will come, unless they are known: from the servers, and from
+    /// notaries those of servers that do not answer. Returns at once.
     pub fn prefetch(&self, servers: Vec<ServerName>) {
         let ring = self.clone();
         tokio::spawn(async move {
             ring.load(&servers).await;
-            let now_ms = ring.now_ms();
-            for server in servers {
-                let fresh = ring
-                    .known(&server)
-                    .is_some_and(|keys| keys.values().any(|key| key.is_good_for_request(now_ms)));
-                if !fresh {
-                    ring.flight(&server, Purpose::Events);
-                }
+            let unknown: Missing = servers
+                .into_iter()
+                .map(|server| (server, Vec::new()))
+                .collect();
+            let unknown = ring.still_missing(unknown, Purpose::Requests);
+            let flights = unknown.keys();
+            let flights: Vec<Flight> = flights
+                .filter_map(|server| ring.flight(server, Purpose::Events))
+                .collect();
+            if ring.inner.notaries.is_empty() {
+                return;
             }
+            let _ = tokio::time::timeout(NOTARY_AFTER, join_all(flights)).await;
+            let unknown = ring.still_missing(unknown, Purpose::Requests);
+            ring.ask_notaries(unknown, &AtomicBool::new(false)).await;
         });
     }
 
@@ -337,6 +394,12 @@ impl KeyRing {
             let _ = tokio::time::timeout_at(patience, direct.clone()).await;
             let missing = self.missing(wanted, purpose);
             if !missing.is_empty() && !self.inner.notaries.is_empty() {
+                // Another one's question may be answered by what this one needs.
+                let asked = join_all(self.questions_about(&missing));
+                let _ = tokio::time::timeout_at(until, asked).await;
+            }
+            let missing = self.missing(wanted, purpose);
+            if !missing.is_empty() && !self.inner.notaries.is_empty() {
                 let heard = AtomicBool::new(false);
                 let both = futures::future::join(direct, self.ask_notaries(missing, &heard));
                 let _ = tokio::time::timeout_at(until, both).await;
@@ -353,8 +416,8 @@ impl KeyRing {
     }
 
     /// What of this is not known, or not for so late a time, by server.
-    fn missing(&self, wanted: &[Wanted], purpose: Purpose) -> BTreeMap<ServerName, Vec<Wanted>> {
-        let mut missing: BTreeMap<ServerName, Vec<Wanted>> = BTreeMap::new();
+    fn missing(&self, wanted: &[Wanted], purpose: Purpose) -> Missing {
+        let mut missing = Missing::new();
         let mut last: Option<(&ServerName, Option<Arc<KnownKeys>>)> = None;
         for want in wanted {
             if last
@@ -378,6 +441,22 @@ impl KeyRing {
                     .push(want.clone());
             }
         }
+        missing
+    }
+
+    /// What of this is not known by now.
+    fn still_missing(&self, missing: Missing, purpose: Purpose) -> Missing {
+        let now_ms = self.now_ms();
+        let (any, some): (Missing, Missing) = missing
+            .into_iter()
+            .partition(|(_, wanted)| wanted.is_empty());
+        let wanted: Vec<Wanted> = some.into_values().flatten().collect();
+        let mut missing = self.missing(&wanted, purpose);
+        let fresh = |server: &ServerName| {
+            let known = self.known(server);
+            known.is_some_and(|keys| keys.values().any(|key| key.is_good_for_request(now_ms)))
+        };
+        missing.extend(any.into_iter().filter(|(server, _)| !fresh(server)));
         missing
     }
 
@@ -437,15 +516,15 @@ impl KeyRing {
         for (server, rows) in by_server {
             let fresh: KnownKeys = rows
                 .into_iter()
-                .filter_map(|row| {
+                .map(|row| {
                     let known = KnownKey {
-                        key: VerifyKey::parse(&row.public_key).ok()?,
+                        key: row.key,
                         valid_until_ms: row.valid_until_ms,
                         old: row.old,
                         fetched_at_ms: row.fetched_at_ms,
                         response: row.response,
                     };
-                    Some((row.key_id, known))
+                    (row.key_id, known)
                 })
                 .collect();
             self.inner.known.entry(server).and_upsert_with(|held| {
@@ -476,11 +555,7 @@ impl KeyRing {
         if server == self.own() {
             return None;
         }
-        let mut flights = self
-            .inner
-            .flights
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut flights = lock(&self.inner.flights);
         if let Some(flight) = flights.get(server) {
             return Some(flight.clone());
         }
@@ -528,11 +603,7 @@ impl KeyRing {
         self.inner
             .asked
             .insert(server.clone(), Asked { at, answered });
-        self.inner
-            .flights
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(server);
+        lock(&self.inner.flights).remove(server);
     }
 
     async fn fetch_from_itself(&self, server: &ServerName) -> Result<Vec<StoredKey>, Unfetched> {
@@ -550,62 +621,79 @@ impl KeyRing {
         })
     }
 
+    /// The questions to notaries that are under way about any of these.
+    fn questions_about(&self, servers: &Missing) -> Vec<Flight> {
+        let questions = lock(&self.inner.questions);
+        servers
+            .keys()
+            .filter_map(|server| questions.get(server).cloned())
+            .collect()
+    }
+
     /// Asks one notary after the other for what is still missing.
     /// `heard` is set once a notary has told all that it knows.
-    async fn ask_notaries(
-        &self,
-        mut missing: BTreeMap<ServerName, Vec<Wanted>>,
-        heard: &AtomicBool,
-    ) {
+    async fn ask_notaries(&self, mut missing: Missing, heard: &AtomicBool) {
         for notary in &self.inner.notaries {
-            let mut told_all = true;
             // Nobody vouches for itself this way.
             missing.remove(notary);
             if missing.is_empty() {
                 return;
             }
-            let all: Vec<Wanted> = missing.values().flatten().cloned().collect();
-            let servers: Vec<_> = missing.into_iter().collect();
-            for some in servers.chunks(NOTARY_SERVERS_MAX) {
-                let began = Instant::now();
-                let mut given = self.ask_notary(notary, some).await;
-                // As in `fetch`, but on this hang many servers' events.
-                if matches!(given, Err(Unfetched { broke: true, .. }))
-                    && began.elapsed() < FAILS_FAST
-                {
-                    tokio::time::sleep(RETRY_AFTER).await;
-                    given = self.ask_notary(notary, some).await;
-                }
-                match given {
-                    Ok(rows) => self.learn(rows).await,
-                    Err(Unfetched { reason, .. }) => {
-                        told_all = false;
-                        tracing::debug!(%notary, reason, "a notary is of no help");
-                    }
-                }
-            }
+            let all: Vec<_> = missing.clone().into_iter().collect();
+            let questions = all.chunks(NOTARY_SERVERS_MAX).map(|some| {
+                let servers: Missing = some.iter().cloned().collect();
+                let question = Question::begin(self, &servers);
+                self.ask_until_heard(notary, servers, question).boxed()
+            });
+            let questions: Vec<_> = questions.collect();
+            let told_all = futures::stream::iter(questions)
+                .buffer_unordered(NOTARY_QUESTIONS_MAX)
+                .fold(true, |all, told| std::future::ready(all && told))
+                .await;
             heard.fetch_or(told_all, Ordering::Relaxed);
-            missing = self.missing(&all, Purpose::Events);
+            missing = self.still_missing(missing, Purpose::Events);
+        }
+    }
+
+    /// One question; whether it was answered.
+    async fn ask_until_heard(
+        &self,
+        notary: &ServerName,
+        servers: Missing,
+        _question: Question,
+    ) -> bool {
+        let began = Instant::now();
+        let mut given = self.ask_notary(notary, &servers).await;
+        // As in `fetch`, but on this hang many servers' events.
+        if matches!(given, Err(Unfetched { broke: true, .. })) && began.elapsed() < FAILS_FAST {
+            tokio::time::sleep(RETRY_AFTER).await;
+            given = self.ask_notary(notary, &servers).await;
+        }
+        match given {
+            Ok(rows) => {
+                self.learn(rows).await;
+                true
+            }
+            Err(Unfetched { reason, .. }) => {
+                tracing::debug!(%notary, reason, "a notary is of no help");
+                false
+            }
         }
     }
 
     async fn ask_notary(
         &self,
         notary: &ServerName,
-        servers: &[(ServerName, Vec<Wanted>)],
+        servers: &Missing,
     ) -> Result<Vec<StoredKey>, Unfetched> {
+        // With no key named, all that the server has are asked for.
         let mut wanted: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
-        let mut asked_for = BTreeSet::new();
         for (server, keys) in servers {
-            asked_for.insert(server.as_str());
+            let named = wanted.entry(server.as_str()).or_default();
             for want in keys {
                 // Never in the future, which no key can promise.
                 let until = want.at_ms.min(self.now_ms());
-                let entry = json!({ "minimum_valid_until_ts": until });
-                wanted
-                    .entry(server.as_str())
-                    .or_default()
-                    .insert(&want.key_id, entry);
+                named.insert(&want.key_id, json!({ "minimum_valid_until_ts": until }));
             }
         }
         let body = Body::Json(json!({ "server_keys": wanted }));
@@ -632,7 +720,7 @@ impl KeyRing {
             let Some(server) = object
                 .get("server_name")
                 .and_then(Value::as_str)
-                .filter(|name| asked_for.contains(name))
+                .filter(|name| wanted.contains_key(name))
                 .and_then(|name| ServerName::parse(name).ok())
             else {
                 continue;
@@ -845,6 +933,23 @@ mod tests {
                 "n /_matrix/key/v2/server"
             ]
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_will_be_needed_are_asked_of_a_notary_once_whoever_wants_them_meanwhile() {
+        let (world, store) = (world(&["n"], &["n"]), Arc::default());
+        let ring = ring("us", &world, &store, &["n"]);
+        let dead: Vec<String> = (0..500).map(|n| format!("dead{n}")).collect();
+        ring.prefetch(dead.iter().map(|server| name(server)).collect());
+        let wanted: Vec<Wanted> = dead.iter().map(|server| want(server, NOW)).collect();
+        let deadline = Duration::from_secs(30);
+        let askers = (0..4).map(|_| ring.keys_for_events(&wanted, deadline));
+        for keys in join_all(askers).await {
+            assert_eq!(keys.servers.len(), dead.len());
+        }
+        let asked = asked(&world);
+        let questions = asked.iter().filter(|asked| asked.ends_with("/query"));
+        assert_eq!(questions.count(), dead.len().div_ceil(NOTARY_SERVERS_MAX));
     }
 
     #[tokio::test(start_paused = true)]

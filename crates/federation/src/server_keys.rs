@@ -24,8 +24,7 @@ const KEY_ID_BYTES_MAX: usize = 128;
 pub struct StoredKey {
     pub server: ServerName,
     pub key_id: String,
-    /// Unpadded base64.
-    pub public_key: String,
+    pub key: VerifyKey,
     /// Until when events may have been signed with it; for an old key, when it expired.
     pub valid_until_ms: i64,
     /// From `old_verify_keys`: good for events only.
@@ -104,7 +103,7 @@ pub fn read(
     let row = |key_id: &str, key: &VerifyKey, valid_until_ms, old| StoredKey {
         server: server.clone(),
         key_id: key_id.to_owned(),
-        public_key: key.to_base64(),
+        key: key.clone(),
         valid_until_ms,
         old,
         fetched_at_ms: now_ms,

@@ -25,6 +25,8 @@ const PASSING_MAX: usize = 200;
 const KEEP_MAX: i64 = 500;
 /// The first pause after a failure, doubled each time up to the longest.
 const PAUSE_FIRST_MS: i64 = 1_000;
+/// The same for a server that has never answered. A large room names many such, most of them gone for good.
+const PAUSE_STRANGER_MS: i64 = 10_000;
 const PAUSE_MAX_MS: i64 = 3_600_000;
 /// A worker with nothing to do ends after this.
 const IDLE_MAX: Duration = Duration::from_secs(30);
@@ -326,9 +328,13 @@ async fn failed(
         .store()
         .write(move |c| {
             let mut state = queues::destination(c, &to)?.unwrap_or_default();
+            let first = match state.last_success_ms {
+                Some(_) => PAUSE_FIRST_MS,
+                None => PAUSE_STRANGER_MS,
+            };
             let interval = state
                 .interval_ms
-                .map_or(PAUSE_FIRST_MS, |last| (last * 2).min(PAUSE_MAX_MS));
+                .map_or(first, |last| (last * 2).min(PAUSE_MAX_MS));
             state.failing_since_ms.get_or_insert(now);
             state.interval_ms = Some(interval);
             state.retry_at_ms = Some(now + interval);

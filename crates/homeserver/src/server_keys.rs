@@ -6,6 +6,7 @@ use std::sync::Arc;
 use federation::{AuthError, KeyStore, StoredKey};
 use futures::future::BoxFuture;
 use protocol::id::ServerName;
+use protocol::signature::VerifyKey;
 use serde_json::Value;
 use storage::Store;
 use storage::queues::{self, ServerKey};
@@ -24,18 +25,18 @@ impl KeyStore for StoredKeys {
                 .read(move |c| queues::server_keys(c, &servers))
                 .await
                 .map_err(|error| error.to_string())?;
-            Ok(rows
-                .into_iter()
-                .map(|row| StoredKey {
+            let keys = rows.into_iter().filter_map(|row| {
+                Some(StoredKey {
                     server: row.server,
                     key_id: row.key_id,
-                    public_key: row.public_key,
+                    key: VerifyKey::parse(&row.public_key).ok()?,
                     valid_until_ms: row.valid_until_ms,
                     old: row.old,
                     fetched_at_ms: row.fetched_ms,
                     response: Arc::from(row.response),
                 })
-                .collect())
+            });
+            Ok(keys.collect())
         })
     }
 
@@ -45,7 +46,7 @@ impl KeyStore for StoredKeys {
             .map(|key| ServerKey {
                 server: key.server,
                 key_id: key.key_id,
-                public_key: key.public_key,
+                public_key: key.key.to_base64(),
                 valid_until_ms: key.valid_until_ms,
                 old: key.old,
                 fetched_ms: key.fetched_at_ms,

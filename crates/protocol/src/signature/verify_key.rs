@@ -71,6 +71,14 @@ impl VerifyKey {
     }
 }
 
+impl PartialEq for VerifyKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes() == other.as_bytes()
+    }
+}
+
+impl Eq for VerifyKey {}
+
 impl std::fmt::Debug for VerifyKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "VerifyKey({})", self.to_base64())
