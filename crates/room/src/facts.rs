@@ -304,14 +304,7 @@ impl Facts {
         Ok(ids.iter().map(|id| self.known[id]).collect())
     }
 
-    /// Forgets what [`Self::known`] told of these, which whoever asked keeps.
-    pub fn forget_known(&mut self, ids: &[EventId]) {
-        for id in ids {
-            self.known.remove(id);
-        }
-    }
-
-    /// As [`Self::forget_known`], for all that [`Self::find`] told.
+    /// Forgets all that [`Self::find`] told, which whoever asked keeps.
     pub fn forget_found(&mut self) {
         self.found.clear();
     }

@@ -28,7 +28,11 @@ use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
 use crate::rest::Rest;
 use crate::sift::{self, Pdus};
-use crate::write::{FanOut, NewEvent, Verdict, WriteSet};
+use crate::write::{FanOut, Memberships, NewEvent, Verdict, WriteSet};
+
+mod ids;
+
+use ids::Ids;
 
 /// Servers hold `/state_ids` back while they work it out.
 const STATE_IDS_TIMEOUT: Duration = Duration::from_secs(120);
@@ -55,6 +59,8 @@ pub(crate) const CHUNK: usize = 4000;
 const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.
 const CHECKS_MAX: usize = 4;
+/// How much may arrive while something else goes on, in commits.
+const ARRIVED_MAX: usize = 2;
 /// Events of one check of what was given.
 const WINDOW: usize = 1024;
 /// Ids in one answer. The largest rooms known have some 200,000 events in state and auth chain (J-49).
@@ -68,6 +74,8 @@ pub(crate) struct Fetched {
     pub disputed: Option<StateMap>,
     /// State events that nobody could give, or that can not be used.
     pub holes: usize,
+    /// What the member events say that were stored on the way.
+    pub memberships: Arc<Memberships>,
 }
 
 impl Fetched {
@@ -103,11 +111,8 @@ pub(crate) struct Fetch {
     compare_until: Option<Duration>,
     facts: Facts,
     stage: Stage,
-    /// Everything wanted: state, auth chain, the event itself.
-    wanted: BTreeSet<EventId>,
-    /// Of the wanted, those that nobody has looked for in the store.
-    unsure: BTreeSet<EventId>,
-    stored: BTreeMap<EventId, Known>,
+    /// Everything wanted, which is state, auth chain and the event itself; and what is stored.
+    ids: Ids,
     /// Stored events that others stand on.
     auth: BTreeMap<EventId, Found>,
     /// Verified, but not judged and stored so far.
@@ -145,25 +150,22 @@ pub(crate) struct Fetch {
     asked_ahead: BTreeSet<EventId>,
     /// How many sources were asked for the whole state.
     asked_for_state: usize,
+    /// Of what was stored.
+    memberships: Arc<Memberships>,
+    /// The few different ones.
+    words: BTreeSet<Arc<str>>,
 }
 
 struct Source {
     donor: usize,
-    state: Vec<EventId>,
-    /// State and auth chain, in order.
-    named: Vec<EventId>,
-}
-
-impl Source {
-    fn names(&self, id: &EventId) -> bool {
-        self.named.binary_search(id).is_ok()
-    }
 }
 
 enum Stage {
     /// Nobody has given ids so far.
     Ids,
-    /// Looking up what is stored, or sifting what has come.
+    /// Finding out what of the wanted is stored.
+    LookingUp(Ticket),
+    /// Sifting what has come, or waiting for more.
     Thinking,
     /// All is here, but another server may see it otherwise.
     Comparing,
@@ -211,14 +213,15 @@ impl Fetch {
         now: Now,
     ) -> Self {
         let mut this = Self::idle(room, version, donors);
-        this.want(rest.state.iter().chain(&rest.bad));
-        this.sources.push(Source {
-            donor: 0,
-            state: rest.state,
-            named: Vec::new(),
-        });
+        for id in rest.state.iter().chain(&rest.bad) {
+            this.ids.want(id);
+        }
+        for id in &rest.state {
+            this.ids.in_state(0, id);
+        }
+        this.sources.push(Source { donor: 0 });
         for pdu in rest.left_out {
-            this.want([&pdu.event_id]);
+            this.ids.want(&pdu.event_id);
             this.arrived.push(pdu);
         }
         this.take_arrived();
@@ -248,7 +251,9 @@ impl Fetch {
         let mut this = Self {
             ..Self::idle(room, version, donors)
         };
-        this.want(&wanted);
+        for id in &wanted {
+            this.ids.want(id);
+        }
         // Nothing can be done without the store's word, so this does not end at once.
         let ended = this.think(out, now);
         debug_assert!(ended.is_none());
@@ -266,9 +271,7 @@ impl Fetch {
             compare_until: None,
             facts: Facts::new(room),
             stage: Stage::Thinking,
-            wanted: BTreeSet::new(),
-            unsure: BTreeSet::new(),
-            stored: BTreeMap::new(),
+            ids: Ids::default(),
             auth: BTreeMap::new(),
             waiting: Pdus::new(),
             arrived: Vec::new(),
@@ -288,6 +291,8 @@ impl Fetch {
             ahead: BTreeSet::new(),
             asked_ahead: BTreeSet::new(),
             asked_for_state: 0,
+            memberships: Arc::default(),
+            words: BTreeSet::new(),
         }
     }
 
@@ -319,7 +324,7 @@ impl Fetch {
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
         let busy = self.facts.is_waiting() || !matches!(self.stage, Stage::Thinking);
-        self.checks.len() < CHECKS_MAX && !(busy && self.arrived.len() >= self.chunk)
+        self.checks.len() < CHECKS_MAX && !(busy && self.arrived.len() >= ARRIVED_MAX * self.chunk)
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -329,16 +334,8 @@ impl Fetch {
 
     /// How many of the wanted events are stored, and how many are wanted.
     pub fn progress(&self) -> (u64, u64) {
-        let want = self.wanted.len();
-        (self.stored.len().min(want) as u64, want as u64)
-    }
-
-    fn want<'a>(&mut self, ids: impl IntoIterator<Item = &'a EventId>) {
-        for id in ids {
-            if self.wanted.insert(id.clone()) {
-                self.unsure.insert(id.clone());
-            }
-        }
+        let want = self.ids.wanted_count();
+        (self.ids.stored_count().min(want) as u64, want as u64)
     }
 
     /// Takes an input; `Some` ends the fetch.
@@ -394,6 +391,19 @@ impl Fetch {
                 self.body = None;
                 return self.think_if_idle(out, now);
             }
+            (
+                Stage::LookingUp(t),
+                Input::Loaded {
+                    ticket,
+                    loaded: Loaded::Known(known),
+                },
+            ) if t == ticket => {
+                for (id, known) in known {
+                    self.ids.store(&id, known);
+                }
+                self.stage = Stage::Thinking;
+                return self.think(out, now);
+            }
             (Stage::Events(asks, queue), Input::Answered { ticket, answer, .. }) => {
                 return self.on_event((asks, queue), ticket, answer, out, now);
             }
@@ -431,15 +441,11 @@ impl Fetch {
     ) -> Option<Result<Fetched, Unfetched>> {
         match ids(answer) {
             Ok((state, chain)) => {
-                let event = self.event.clone();
-                self.want(state.iter().chain(&chain).chain(&event));
-                let mut named: Vec<_> = state.iter().chain(&chain).cloned().collect();
-                named.sort_unstable();
-                self.sources.push(Source {
-                    donor,
-                    state,
-                    named,
-                });
+                self.ids.add_source(self.sources.len(), state, chain);
+                if let Some(event) = &self.event {
+                    self.ids.want(event);
+                }
+                self.sources.push(Source { donor });
             }
             Err(failure) => {
                 self.failures
@@ -487,14 +493,14 @@ impl Fetch {
                 continue;
             };
             if let Some(section) = given {
-                self.want([&id]);
+                self.ids.want(&id);
                 if section == Section::State {
-                    self.sources[0].state.push(id.clone());
+                    self.ids.in_state(0, &id);
                 }
             }
             // Nobody's copy is better as long as there is no key.
             let keyless = matches!(fault, Some(Fault::NoKey | Fault::Unvouched));
-            if keyless && self.wanted.contains(&id) {
+            if keyless && self.ids.is_wanted(&id) {
                 if fault == Some(Fault::Unvouched) && self.patient {
                     self.unvouched.insert(id.clone());
                 }
@@ -510,10 +516,10 @@ impl Fetch {
                 continue;
             };
             let id = &pdu.event_id;
-            let asked = self.wanted.contains(id)
+            let asked = self.ids.is_wanted(id)
                 || self.tried.contains_key(id)
                 || self.asked_ahead.contains(id);
-            if asked && pdu.room_id == self.facts.room && !self.stored.contains_key(id) {
+            if asked && pdu.room_id == self.facts.room && !self.ids.is_stored(id) {
                 if sift::is_create(&pdu) {
                     self.create = Some(pdu.clone());
                 }
@@ -610,13 +616,20 @@ impl Fetch {
             self.stood_on = None;
         }
         for pdu in std::mem::take(&mut self.arrived) {
-            if !self.stored.contains_key(&pdu.event_id) {
+            if !self.ids.is_stored(&pdu.event_id) {
                 self.waiting.insert(pdu.event_id.clone(), pdu);
             }
         }
     }
 
     fn think(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
+        let mut unsure = self.ids.take_unsure();
+        unsure.retain(|id| !self.waiting.contains_key(id));
+        if !unsure.is_empty() {
+            let load = Load::Known { ids: unsure };
+            self.stage = Stage::LookingUp(out.load(&self.facts.room, load));
+            return None;
+        }
         let thought = match self.plan() {
             Ok(thought) => thought,
             Err(lacking) => {
@@ -687,10 +700,8 @@ impl Fetch {
         if !self.is_idle() {
             return Ok(Thought::Wait);
         }
-        let here = |id: &EventId| self.stored.contains_key(id) || self.waiting.contains_key(id);
-        let absent = self.wanted.union(&stood_on).filter(|id| !here(id));
-        let mut missing: Vec<_> = absent.cloned().collect();
-        let much = missing.len() * 100 >= self.wanted.len() * MISSING_FOR_STATE_PERCENT;
+        let mut missing = self.missing(&stood_on);
+        let much = missing.len() * 100 >= self.ids.wanted_count() * MISSING_FOR_STATE_PERCENT;
         if much
             && self.asked_for_state < self.sources.len()
             && missing.len() > 1
@@ -713,6 +724,18 @@ impl Fetch {
         Ok(Thought::Done(self.build(create)))
     }
 
+    /// What is wanted or stood on and is not here, in order.
+    fn missing(&self, stood_on: &BTreeSet<EventId>) -> Vec<EventId> {
+        let wanted = self.ids.wanted().filter(|(_, entry)| entry.known.is_none());
+        let unnamed = stood_on.iter();
+        let unnamed = unnamed.filter(|id| !self.ids.is_wanted(id) && !self.ids.is_stored(id));
+        let missing = wanted.map(|(id, _)| id).chain(unnamed);
+        let missing = missing.filter(|id| !self.waiting.contains_key(*id));
+        let mut missing: Vec<_> = missing.cloned().collect();
+        missing.sort_unstable();
+        missing
+    }
+
     fn stood_on(&mut self) -> Arc<BTreeSet<EventId>> {
         let stood_on = self.stood_on.get_or_insert_with(|| {
             let mut stood_on = sift::outside(&self.waiting);
@@ -733,7 +756,7 @@ impl Fetch {
         }
         let mut dependents: BTreeMap<&EventId, usize> = BTreeMap::new();
         for id in self.waiting.values().flat_map(|pdu| &pdu.auth_events) {
-            let missing = stood_on.contains(id) && !self.stored.contains_key(id);
+            let missing = stood_on.contains(id) && !self.ids.is_stored(id);
             if missing && !self.asked_ahead.contains(id) {
                 *dependents.entry(id).or_default() += 1;
             }
@@ -761,28 +784,26 @@ impl Fetch {
     /// many that nobody has is not asked for more of these, so that it can not keep the room partial.
     fn give_up(&self, missing: &mut Vec<EventId>) {
         let donors = self.donors.len().min(DONORS_MAX);
-        let full = self.tried.len() >= self.wanted.len() + UNNAMED_MAX;
+        let full = self.tried.len() >= self.ids.wanted_count() + UNNAMED_MAX;
         let lost: Vec<_> = missing
             .iter()
             .filter(|id| self.tried.get(*id).is_some_and(|tried| *tried >= donors))
             .collect();
-        let believed: Vec<_> = self
-            .sources
-            .iter()
-            .map(|source| lost.iter().filter(|id| source.names(id)).count() < LOST_MAX)
+        let sources = 0..self.sources.len();
+        let names = |source: usize, id: &EventId| self.ids.is_named_by(source, id);
+        let believed: Vec<_> = sources
+            .clone()
+            .map(|source| lost.iter().filter(|id| names(source, id)).count() < LOST_MAX)
             .collect();
         let worth = |id: &EventId| match self.tried.get(id) {
             Some(tried) if *tried >= donors => false,
             None if full => false,
             _ => {
-                let mut named = self.sources.iter().zip(&believed);
-                let mut nobody = true;
-                let believed = named.any(|(source, believed)| {
-                    let names = source.names(id);
-                    nobody &= !names;
-                    names && *believed
-                });
-                believed || nobody
+                let mut naming = sources
+                    .clone()
+                    .filter(|source| names(*source, id))
+                    .peekable();
+                naming.peek().is_none() || naming.any(|source| believed[source])
             }
         };
         missing.retain(|id| worth(id) && !self.hopeless.contains(id));
@@ -790,28 +811,22 @@ impl Fetch {
         missing.truncate(EVENTS_MAX);
     }
 
-    /// Looks for what is wanted, or stood on, in the store, once.
+    /// Looks for what is stood on without being wanted in the store.
     fn look_up(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
-        let (stored, waiting) = (&self.stored, &self.waiting);
-        let sure = |id: &EventId| self.wanted.contains(id) && !self.unsure.contains(id);
-        let new = |id: &&EventId| !stored.contains_key(*id) && !waiting.contains_key(*id);
-        let unnamed = stood_on.iter().filter(|id| !sure(id));
-        let ids: BTreeSet<_> = self.unsure.iter().chain(unnamed).filter(new).collect();
-        let ids: Vec<_> = ids.into_iter().cloned().collect();
+        let unnamed = |id: &&EventId| !self.ids.is_wanted(id) && !self.ids.is_stored(id);
+        let ids: Vec<_> = stood_on.iter().filter(unnamed).cloned().collect();
         let known = self.facts.known(&ids)?;
-        let wanted = ids.iter().filter(|id| self.wanted.contains(*id));
-        let wanted: Vec<_> = wanted.cloned().collect();
-        let known = ids.into_iter().zip(known);
-        self.stored
-            .extend(known.filter_map(|(id, known)| Some((id, known?))));
-        self.unsure.clear();
-        self.facts.forget_known(&wanted);
+        for (id, known) in ids.iter().zip(known) {
+            if let Some(known) = known {
+                self.ids.store(id, known);
+            }
+        }
         Ok(())
     }
 
     /// Loads what is stood on, of what is stored.
     fn load_auth(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
-        let unread = |id: &&EventId| self.stored.contains_key(*id) && !self.auth.contains_key(*id);
+        let unread = |id: &&EventId| self.ids.is_stored(id) && !self.auth.contains_key(*id);
         let ids: Vec<_> = stood_on.iter().filter(unread).cloned().collect();
         let found = self.facts.find(&ids)?;
         for (id, found) in ids.into_iter().zip(found) {
@@ -851,6 +866,18 @@ impl Fetch {
         keys: Vec<KeyNid>,
         out: &mut Outbox,
     ) {
+        for ((pdu, verdict), nid) in judged.iter().zip(&nids) {
+            if let (Verdict::Accepted, Some(membership)) = (verdict, pdu.membership()) {
+                let word = match self.words.get(membership) {
+                    Some(word) => Arc::clone(word),
+                    None => {
+                        self.words.insert(membership.into());
+                        membership.into()
+                    }
+                };
+                Arc::make_mut(&mut self.memberships).insert(*nid, word);
+            }
+        }
         let mut keys = keys.into_iter();
         let events = judged.into_iter().zip(nids).map(|((pdu, verdict), nid)| {
             let key = pdu.is_state().then(|| keys.next());
@@ -904,7 +931,7 @@ impl Fetch {
         for (pdu, known) in chunk {
             let id = pdu.event_id.clone();
             self.waiting.remove(&id);
-            self.stored.insert(id.clone(), known);
+            self.ids.store(&id, known);
             // Few members are stood on by what comes later; these are read again.
             if !is_member(&pdu) {
                 self.auth.insert(id, Found { known, pdu });
@@ -922,22 +949,18 @@ impl Fetch {
     }
 
     fn build(&self, create: Option<KeyNid>) -> Result<Fetched, Unfetched> {
-        let absent = |id: &EventId| !self.stored.contains_key(id);
+        let absent = |id: &EventId| !self.ids.is_stored(id);
         if self.unvouched.iter().any(absent) {
             return Err(Unfetched::Unvouched);
         }
         // A lost answer is no hole: what is stored stays, and the source is asked again some time.
-        if self
-            .unreached
-            .iter()
-            .any(|id| !self.stored.contains_key(id))
-        {
+        if self.unreached.iter().any(absent) {
             return Err(unreachable("it could not be asked for all events"));
         }
         if self.sources.is_empty() {
             return Ok(self.build_events());
         }
-        let built = self.sources.iter().map(|source| self.map_of(source));
+        let built = (0..self.sources.len()).map(|source| self.map_of(source));
         let has_create = |map: &StateMap| create.is_some_and(|key| map.get(key).is_some());
         let mut built = built.filter(|(map, _)| has_create(map));
         let Some((after, holes)) = built.next() else {
@@ -951,16 +974,19 @@ impl Fetch {
             after,
             disputed,
             holes: holes + more,
+            memberships: Arc::clone(&self.memberships),
         })
     }
 
     /// The map after the event: the state before it, with the event itself in it (P-18), unless that is our
     /// join; and how many of its events are not to be had.
-    fn map_of(&self, source: &Source) -> (StateMap, usize) {
+    fn map_of(&self, source: usize) -> (StateMap, usize) {
         let mut after = StateMap::new();
         let mut holes = 0;
-        for id in source.state.iter().chain(&self.event) {
-            match self.stored.get(id) {
+        let before = self.ids.state_of(source).map(|(_, entry)| entry.known);
+        let event = self.event.iter().map(|id| self.ids.stored(id).copied());
+        for known in before.chain(event) {
+            match known {
                 Some(known) if known.rejected => {}
                 Some(known) => {
                     if let Some(key) = known.key {
@@ -974,11 +1000,12 @@ impl Fetch {
     }
 
     fn build_events(&self) -> Fetched {
-        let absent = |id: &&EventId| !self.stored.contains_key(*id);
+        let wanted = self.ids.wanted();
         Fetched {
             after: StateMap::new(),
             disputed: None,
-            holes: self.wanted.iter().filter(absent).count(),
+            holes: wanted.filter(|(_, entry)| entry.known.is_none()).count(),
+            memberships: Arc::clone(&self.memberships),
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::judge;
 use crate::outbox::Outbox;
 use crate::rest::Rest;
 use crate::template::Own;
-use crate::write::{EventState, PartialChange, Rejudged, Verdict, WriteSet};
+use crate::write::{EventState, Memberships, PartialChange, Rejudged, Verdict, WriteSet};
 
 /// Events judged in one commit: long linear histories must not cost a commit each (O-55).
 const BATCH: u32 = 100;
@@ -82,6 +82,8 @@ pub struct Resync {
     given: Option<Box<Rest>>,
     /// The state before a join, out of the answer to it.
     answered: BTreeMap<EventId, Fetched>,
+    /// What the member events say that were stored so far.
+    memberships: Arc<Memberships>,
     /// Who is still to be asked in this round.
     sources: Vec<ServerName>,
     round: Option<Round>,
@@ -137,6 +139,7 @@ impl Resync {
             facts: Facts::new(room.clone()),
             room,
             fetched: BTreeMap::new(),
+            memberships: Arc::default(),
             given: None,
             answered: BTreeMap::new(),
             sources: Vec::new(),
@@ -277,7 +280,8 @@ impl Resync {
             Err(lacking) => self.facts.request(lacking, &mut self.out),
             Ok(Plan::Gone) => self.done(Resynced::Gone),
             Ok(Plan::AlreadyFull) => self.done(Resynced::Full),
-            Ok(Plan::Commit(writes, stored)) => {
+            Ok(Plan::Commit(mut writes, stored)) => {
+                writes.memberships = Arc::clone(&self.memberships);
                 self.state = State::Storing(self.out.commit(*writes), stored);
             }
             Ok(Plan::Wait) => self.state = State::Resting(now.since_start + HANDSHAKE_REST),
@@ -383,6 +387,17 @@ impl Resync {
         });
     }
 
+    fn learn(&mut self, fetched: &Fetched) {
+        match self.memberships.is_empty() {
+            true => self.memberships = Arc::clone(&fetched.memberships),
+            false => {
+                let more = fetched.memberships.iter();
+                let more = more.map(|(nid, membership)| (*nid, Arc::clone(membership)));
+                Arc::make_mut(&mut self.memberships).extend(more);
+            }
+        }
+    }
+
     /// If it can not be used after all, the state is asked for as ever.
     fn on_taken(
         &mut self,
@@ -394,6 +409,7 @@ impl Resync {
         let server = fetch.source().clone();
         match taken {
             Ok(taken) => {
+                self.learn(&taken);
                 self.answered.insert(join, taken);
             }
             Err(Unfetched::Refused(reason) | Unfetched::Unreachable(reason)) => {
@@ -468,6 +484,7 @@ impl Resync {
                         ),
                     });
                 }
+                self.learn(&fetched);
                 self.fetched.insert(event, fetched);
                 self.rounds_failed = 0;
                 // Who has served well is asked first for the next event too (S-20).

@@ -1,5 +1,6 @@
 //! All that one transaction may change in a room.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::id::{EventId, RoomId, ServerName, UserId};
@@ -9,6 +10,9 @@ use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
 use crate::effect::{Extremity, PartialMarker, Place};
+
+/// `content.membership` of member events.
+pub type Memberships = BTreeMap<EventNid, Arc<str>>;
 
 /// One transaction on one room. The default writes nothing.
 #[derive(Clone, Debug)]
@@ -26,6 +30,9 @@ pub struct WriteSet {
     pub forward_extremities: Option<Vec<Extremity>>,
     /// The new current state. The store derives memberships, hosts and stream entries from the difference.
     pub current_state: Option<StateMap>,
+    /// What member events of that state say, as far as whoever made this has just had them before it; the
+    /// store reads the others.
+    pub memberships: Arc<Memberships>,
     pub partial: PartialChange,
     pub intent: Option<IntentChange>,
     /// Invites, knocks and leaves of our users in rooms we are not in.
@@ -44,6 +51,7 @@ impl WriteSet {
             rejudged: Vec::new(),
             forward_extremities: None,
             current_state: None,
+            memberships: Arc::default(),
             partial: PartialChange::Keep,
             intent: None,
             out_of_band: Vec::new(),

@@ -86,7 +86,7 @@ struct Plan {
     own: ServerName,
     nodes: Unstored,
     /// Ids that the events refer to and that had no number when this was made.
-    new_ids: BTreeSet<EventId>,
+    new_ids: Vec<EventId>,
     /// The number of the first of these.
     first_id: i64,
     /// What the current state becomes, as seen from the one that was there when this was made.
@@ -127,7 +127,7 @@ impl Plan {
         let mut plan = Self {
             own: store.server_name().clone(),
             nodes,
-            new_ids: BTreeSet::new(),
+            new_ids: Vec::new(),
             first_id: 0,
             change: StateChange::default(),
             writes,
@@ -140,7 +140,7 @@ impl Plan {
                 .read(move |c| {
                     let known = events::nids(c, &referred)?;
                     let new = referred.iter().filter(|id| !known.contains_key(*id));
-                    let new_ids: BTreeSet<EventId> = new.cloned().collect();
+                    let new_ids: Vec<EventId> = new.cloned().collect();
                     Ok((new_ids, asked.state_change(c)?))
                 })
                 .await?;
@@ -182,6 +182,12 @@ impl Plan {
         let keys: Vec<KeyNid> = changes.iter().map(|(key, _, _)| *key).collect();
         let here: HashMap<EventNid, &Arc<Pdu>> =
             self.writes.events.iter().map(|e| (e.nid, &e.pdu)).collect();
+        // Where most change there are few, as when a room becomes full, or these are wanted.
+        let all = match changes.len() > MEMBERS_BATCH {
+            true => Some(all_memberships(c, row.nid)?),
+            false => None,
+        };
+        let mut before = HashMap::new();
         let mut members = Vec::new();
         for (keys, changes) in keys
             .chunks(MEMBERS_BATCH)
@@ -196,20 +202,25 @@ impl Plan {
                     (&**kind == "m.room.member").then_some((user, *after))
                 })
                 .collect();
+            let said = &self.writes.memberships;
             let stored: Vec<EventNid> = wanted
                 .iter()
-                .filter_map(|(_, after)| after.filter(|nid| !here.contains_key(nid)))
+                .filter_map(|(_, after)| *after)
+                .filter(|nid| !here.contains_key(nid) && !said.contains_key(nid))
                 .collect();
             let memberships = events::memberships(c, &stored)?;
-            let users: Vec<UserId> = wanted.iter().map(|(user, _)| user.clone()).collect();
-            let before = memberships_of(c, row.nid, &users)?;
+            if all.is_none() {
+                let users: Vec<UserId> = wanted.iter().map(|(user, _)| user.clone()).collect();
+                before = memberships_of(c, row.nid, &users)?;
+            }
             for (user, after) in wanted {
                 let after = match after {
                     None => None,
                     Some(nid) => {
-                        let membership = match here.get(&nid) {
-                            Some(pdu) => pdu.membership().map(Arc::from),
-                            None => memberships.get(&nid).cloned().ok_or_else(|| {
+                        let membership = match (said.get(&nid), here.get(&nid)) {
+                            (Some(membership), _) => Some(Arc::clone(membership)),
+                            (None, Some(pdu)) => pdu.membership().map(Arc::from),
+                            (None, None) => memberships.get(&nid).cloned().ok_or_else(|| {
                                 Error::Corrupt(format!("event {} is gone", nid.0))
                             })?,
                         };
@@ -217,12 +228,14 @@ impl Plan {
                     }
                 };
                 members.push(Member {
-                    before: before.get(&user).cloned(),
+                    before: all.as_ref().unwrap_or(&before).get(&user).cloned(),
                     user,
                     after,
                 });
             }
         }
+        // Memberships are written in the order of their indexes.
+        members.sort_unstable_by(|a, b| a.user.cmp(&b.user));
         Ok(StateChange {
             from: Some(row.state_root),
             differs: !changes.is_empty(),
@@ -674,7 +687,7 @@ impl Plan {
             .iter()
             .filter_map(|member| member.after.as_ref().map(|(_, nid)| *nid))
             .collect();
-        let statuses = events::statuses(c, &nids)?;
+        let shown = events::in_timeline(c, &nids)?;
         let here: HashMap<EventNid, i64> = applied
             .events
             .iter()
@@ -696,10 +709,7 @@ impl Plan {
                 None => gone.push(row![room, &member.user]),
                 Some((membership, nid)) => {
                     let at = here.get(nid).copied().filter(|at| *at > 0);
-                    let timeline = statuses
-                        .get(nid)
-                        .is_some_and(|status| status.place == Place::Timeline);
-                    revealed = at.is_none() && !timeline && before.is_none();
+                    revealed = at.is_none() && !shown.contains(nid) && before.is_none();
                     let at = at.unwrap_or(if revealed { 0 } else { position });
                     let values = row![room, &member.user, membership, *nid, at, local];
                     if before.is_none() {
@@ -960,6 +970,7 @@ fn link(
 
 const MEMBERSHIPS: &str = "SELECT user_id, membership FROM memberships
     WHERE room_nid = $1 AND user_id IN (SELECT value FROM rarray_text($2))";
+const ALL_MEMBERSHIPS: &str = "SELECT user_id, membership FROM memberships WHERE room_nid = $1";
 const INSERT_ROOM_STATE: &str =
     "INSERT INTO room_states (room_nid, position, root) VALUES ($1, $2, $3)
     ON CONFLICT (room_nid, position) DO UPDATE SET root = excluded.root";
@@ -985,6 +996,13 @@ fn memberships_of(
         &[&room, &crate::texts(&users.to_vec())],
         |row| Ok((row.id(0)?, row.shared(1)?)),
     )?;
+    Ok(rows.into_iter().collect())
+}
+
+fn all_memberships(c: &mut dyn Conn, room: RoomNid) -> Result<HashMap<UserId, Arc<str>>> {
+    let rows = c.query_all(ALL_MEMBERSHIPS, &[&room], |row| {
+        Ok((row.id(0)?, row.shared(1)?))
+    })?;
     Ok(rows.into_iter().collect())
 }
 

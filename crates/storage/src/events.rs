@@ -292,10 +292,42 @@ pub fn statuses(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashMap<EventNi
 
 /// The same by id. Events of any room: whoever asks about one room compares.
 pub fn statuses_by_id(c: &mut dyn Conn, ids: &[EventId]) -> Result<BTreeMap<EventId, Status>> {
-    let mut found = BTreeMap::new();
-    for batch in ids.chunks(BATCH) {
+    let caches = c.cached().caches;
+    let mut numbered = Vec::new();
+    let mut others = Vec::new();
+    for id in ids {
+        match caches.ids.get(id) {
+            Some(nid) => numbered.push((nid, id)),
+            None => others.push(id.clone()),
+        }
+    }
+    numbered.sort_unstable();
+    let nids: Vec<EventNid> = numbered.iter().map(|(nid, _)| *nid).collect();
+    let statuses = statuses(c, &nids)?;
+    let mut found: BTreeMap<EventId, Status> = numbered
+        .into_iter()
+        .filter_map(|(nid, id)| Some((id.clone(), *statuses.get(&nid)?)))
+        .collect();
+    for batch in others.chunks(BATCH) {
         c.query(STATUS_BY_ID, &[&texts(&batch.to_vec())], &mut |row| {
             found.insert(row.id(7)?, read_status(row)?);
+            Ok(())
+        })?;
+    }
+    Ok(found)
+}
+
+const IN_TIMELINE: &str =
+    "SELECT nid FROM events WHERE place = 1 AND nid IN (SELECT value FROM rarray($1))";
+
+/// Those of these events that are in a timeline.
+pub fn in_timeline(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashSet<EventNid>> {
+    let mut numbers = raw(events);
+    numbers.sort_unstable();
+    let mut found = HashSet::new();
+    for batch in numbers.chunks(BATCH) {
+        c.query(IN_TIMELINE, &[&batch], &mut |row| {
+            found.insert(row.event_nid(0)?);
             Ok(())
         })?;
     }

@@ -1,6 +1,6 @@
 //! What a room machine may ask the store, each question answered from one snapshot.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use protocol::id::{EventId, RoomId, ServerName};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
@@ -151,6 +151,10 @@ fn find(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<Loaded> {
 
 // -- Numbers --------------------------------------------------------------------------------------
 
+/// Whoever asks for numbers of more events than this fetches a room: few of them have one, and the insert
+/// tells.
+const LOOKED_FOR_MAX: usize = 64;
+
 async fn intern(
     store: &Store,
     room: RoomId,
@@ -166,13 +170,18 @@ async fn intern(
                 Some(row) => states::keys(c, row.nid, &asked_keys)?,
                 None => BTreeMap::new(),
             };
-            Ok((row.is_some(), events::nids(c, &asked_ids)?, known_keys))
+            let known_ids = match asked_ids.len() <= LOOKED_FOR_MAX {
+                true => events::nids(c, &asked_ids)?,
+                false => HashMap::new(),
+            };
+            Ok((row.is_some(), known_ids, known_keys))
         })
         .await?;
     let (known_room, mut known_ids, mut known_keys) = seen;
-    let new_ids: BTreeSet<EventId> = ids
+    let mut new = HashSet::new();
+    let new_ids: Vec<EventId> = ids
         .iter()
-        .filter(|id| !known_ids.contains_key(*id))
+        .filter(|id| !known_ids.contains_key(*id) && new.insert(*id))
         .cloned()
         .collect();
     let new_keys: BTreeSet<StateKey> = keys
@@ -239,19 +248,22 @@ pub(crate) fn room_row(c: &mut dyn Conn, room: &RoomId, version: RoomVersion) ->
 /// Gives these ids the numbers from `first` on, where they still have none. The numbers that they have.
 pub(crate) fn give_event_numbers(
     c: &mut dyn Conn,
-    ids: &BTreeSet<EventId>,
+    ids: &[EventId],
     first: i64,
 ) -> Result<HashMap<EventId, EventNid>> {
-    let rows: Vec<_> = (first..).zip(ids).map(|(nid, id)| row![nid, id]).collect();
-    if rows.is_empty() {
+    if ids.is_empty() {
         return Ok(HashMap::new());
     }
+    let mut numbered: Vec<(i64, &EventId)> = (first..).zip(ids).collect();
+    // The index by id is gone through once.
+    numbered.sort_unstable_by_key(|(_, id)| *id);
+    let rows: Vec<_> = numbered.iter().map(|(nid, id)| row![*nid, *id]).collect();
     if c.execute_many(INSERT_ID, &rows)? == rows.len() as u64 {
         let given = ids.iter().cloned().zip((first..).map(EventNid));
         return Ok(given.collect());
     }
-    // Somebody else has been here since they were looked for.
-    events::nids(c, &ids.iter().cloned().collect::<Vec<_>>())
+    // Some have one.
+    events::nids(c, ids)
 }
 
 /// Gives these keys numbers, where they still have none. The numbers that they have.

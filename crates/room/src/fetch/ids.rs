@@ -1,0 +1,224 @@
+//! The ids that a fetch is about, and what is known of each. A large room has hundreds of thousands.
+
+use std::collections::BTreeMap;
+
+use protocol::id::EventId;
+
+use crate::effect::Known;
+
+/// What is known of an id.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Entry {
+    pub known: Option<Known>,
+    /// Part of the state, of an auth chain, or asked for by name; others came as what such events stand on.
+    pub wanted: bool,
+    /// The sources that named it, a bit for each. Two are asked at most.
+    named: u8,
+    /// The sources in whose state it is.
+    state: u8,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Ids {
+    /// What came in lists, in the order of the ids.
+    listed: Vec<(EventId, Entry)>,
+    /// What came one by one.
+    single: BTreeMap<EventId, Entry>,
+    wanted: usize,
+    stored: usize,
+    /// Wanted, and not looked for in the store so far.
+    unsure: Vec<EventId>,
+}
+
+impl Ids {
+    /// A source's state and auth chain.
+    pub fn add_source(&mut self, source: usize, state: Vec<EventId>, chain: Vec<EventId>) {
+        let bit = 1 << source;
+        let entry = |state| Entry {
+            wanted: true,
+            named: bit,
+            state,
+            ..Entry::default()
+        };
+        let state = state.into_iter().map(|id| (id, entry(bit)));
+        let chain = chain.into_iter().map(|id| (id, entry(0)));
+        let before = std::mem::take(&mut self.listed);
+        let mut all: Vec<_> = before.into_iter().chain(state).chain(chain).collect();
+        all.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        all.dedup_by(|(id, later), (first, entry)| {
+            let same = id == first;
+            if same {
+                entry.known = entry.known.or(later.known);
+                entry.named |= later.named;
+                entry.state |= later.state;
+                entry.wanted |= later.wanted;
+            }
+            same
+        });
+        self.listed = all;
+        let mut new = Vec::new();
+        for (id, entry) in &mut self.listed {
+            if let Some(single) = self.single.remove(id) {
+                entry.known = single.known;
+                entry.named |= single.named;
+                entry.state |= single.state;
+                if single.wanted {
+                    continue;
+                }
+            } else if entry.named != bit {
+                continue;
+            }
+            new.push(id.clone());
+        }
+        self.wanted += new.len();
+        self.unsure.append(&mut new);
+    }
+
+    /// This one is wanted, if it was not before.
+    pub fn want(&mut self, id: &EventId) {
+        let entry = self.entry(id);
+        if !std::mem::replace(&mut entry.wanted, true) {
+            self.wanted += 1;
+            self.unsure.push(id.clone());
+        }
+    }
+
+    /// It is in the state that this source gives.
+    pub fn in_state(&mut self, source: usize, id: &EventId) {
+        self.entry(id).state |= 1 << source;
+    }
+
+    pub fn store(&mut self, id: &EventId, known: Known) {
+        if self.entry(id).known.replace(known).is_none() {
+            self.stored += 1;
+        }
+    }
+
+    pub fn is_wanted(&self, id: &EventId) -> bool {
+        self.get(id).is_some_and(|entry| entry.wanted)
+    }
+
+    pub fn stored(&self, id: &EventId) -> Option<&Known> {
+        self.get(id)?.known.as_ref()
+    }
+
+    pub fn is_stored(&self, id: &EventId) -> bool {
+        self.stored(id).is_some()
+    }
+
+    pub fn is_named_by(&self, source: usize, id: &EventId) -> bool {
+        self.get(id)
+            .is_some_and(|entry| entry.named & (1 << source) != 0)
+    }
+
+    pub fn wanted_count(&self) -> usize {
+        self.wanted
+    }
+
+    pub fn stored_count(&self) -> usize {
+        self.stored
+    }
+
+    /// The wanted ones, each once, in the order of the ids but for those that came one by one.
+    pub fn wanted(&self) -> impl Iterator<Item = (&EventId, &Entry)> {
+        self.iter().filter(|(_, entry)| entry.wanted)
+    }
+
+    /// What is in the state that this source gives.
+    pub fn state_of(&self, source: usize) -> impl Iterator<Item = (&EventId, &Entry)> {
+        self.iter()
+            .filter(move |(_, entry)| entry.state & (1 << source) != 0)
+    }
+
+    /// Those that are to be looked for in the store; they are given once.
+    pub fn take_unsure(&mut self) -> Vec<EventId> {
+        let mut unsure = std::mem::take(&mut self.unsure);
+        unsure.retain(|id| !self.is_stored(id));
+        unsure
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&EventId, &Entry)> {
+        let listed = self.listed.iter().map(|(id, entry)| (id, entry));
+        listed.chain(&self.single)
+    }
+
+    fn get(&self, id: &EventId) -> Option<&Entry> {
+        match self.place(id) {
+            Ok(place) => Some(&self.listed[place].1),
+            Err(_) => self.single.get(id),
+        }
+    }
+
+    fn entry(&mut self, id: &EventId) -> &mut Entry {
+        match self.place(id) {
+            Ok(place) => &mut self.listed[place].1,
+            Err(_) => self.single.entry(id.clone()).or_default(),
+        }
+    }
+
+    fn place(&self, id: &EventId) -> Result<usize, usize> {
+        self.listed.binary_search_by(|(other, _)| other.cmp(id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::nid::EventNid;
+
+    use super::*;
+    use crate::effect::Place;
+
+    fn id(name: &str) -> EventId {
+        EventId::parse(&format!("${name}:a.test")).unwrap()
+    }
+
+    fn known(nid: i64) -> Known {
+        Known {
+            nid: EventNid(nid),
+            key: None,
+            place: Place::Outlier,
+            rejected: false,
+            partial: false,
+        }
+    }
+
+    fn names<'a>(of: impl Iterator<Item = (&'a EventId, &'a Entry)>) -> Vec<&'a str> {
+        let ids = of.map(|(id, _)| id.as_str());
+        ids.map(|id| &id[1..id.len() - ":a.test".len()]).collect()
+    }
+
+    #[test]
+    fn what_two_sources_name_is_wanted_and_looked_for_once() {
+        let mut ids = Ids::default();
+        ids.want(&id("d"));
+        ids.store(&id("x"), known(1));
+        ids.add_source(
+            0,
+            vec![id("c"), id("a"), id("a")],
+            vec![id("b"), id("d"), id("x")],
+        );
+        assert_eq!(ids.take_unsure(), [id("d"), id("a"), id("b"), id("c")]);
+        ids.store(&id("a"), known(2));
+        ids.add_source(1, vec![id("e"), id("a")], vec![id("b")]);
+        assert_eq!(ids.take_unsure(), [id("e")]);
+        assert_eq!((ids.wanted_count(), ids.stored_count()), (6, 2));
+        assert_eq!(names(ids.wanted()), ["a", "b", "c", "d", "e", "x"]);
+        assert_eq!(names(ids.state_of(0)), ["a", "c"]);
+        assert_eq!(names(ids.state_of(1)), ["a", "e"]);
+        assert!(ids.is_named_by(0, &id("b")) && ids.is_named_by(1, &id("b")));
+        assert!(!ids.is_named_by(1, &id("c")));
+        assert!(ids.is_stored(&id("a")) && ids.is_stored(&id("x")) && !ids.is_stored(&id("b")));
+    }
+
+    #[test]
+    fn an_id_that_is_only_stored_is_not_wanted() {
+        let mut ids = Ids::default();
+        ids.store(&id("a"), known(1));
+        assert!(!ids.is_wanted(&id("a")));
+        assert_eq!(ids.stored(&id("a")), Some(&known(1)));
+        ids.want(&id("a"));
+        assert!(ids.take_unsure().is_empty());
+        ids.in_state(0, &id("a"));
+        assert_eq!(names(ids.state_of(0)), ["a"]);
+    }
+}
