@@ -5,6 +5,8 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use protocol::canonical_json::pick;
+use protocol::id::{EventId, RoomId};
 use protocol::pdu::Pdu;
 use protocol::redaction;
 use serde_json::{Map, Value};
@@ -60,6 +62,47 @@ pub fn write_state_event(pdu: &Pdu, unsigned: &Unsigned, out: &mut String) {
         _ = write!(out, ",\"unsigned\":{unsigned}");
     }
     out.push('}');
+}
+
+/// A member event as it is stored, read no further than clients want it.
+pub struct MemberText<'a> {
+    content: &'a str,
+    pub membership: Option<&'a str>,
+    origin_server_ts: i64,
+    /// These are JSON, quotes and all.
+    sender: &'a str,
+    state_key: &'a str,
+}
+
+impl<'a> MemberText<'a> {
+    /// `None` for what is no such event.
+    pub fn read(json: &'a str) -> Option<Self> {
+        let keys = ["content", "origin_server_ts", "sender", "state_key", "type"];
+        let [content, origin_server_ts, sender, state_key, kind] = pick(json, keys);
+        let content = content.filter(|_| kind == Some("\"m.room.member\""))?;
+        let [membership] = pick(content, ["membership"]);
+        Some(Self {
+            content,
+            // None there is has anything in it that would need an escape.
+            membership: membership.and_then(|text| text.strip_prefix('"')?.strip_suffix('"')),
+            origin_server_ts: origin_server_ts?.parse().ok()?,
+            sender: sender?,
+            state_key: state_key?,
+        })
+    }
+
+    /// As [`write_state_event`] writes it.
+    pub fn write(&self, id: &EventId, room: &RoomId, now_ms: i64, out: &mut String) {
+        let age = (now_ms - self.origin_server_ts).max(0);
+        let (id, room) = (Value::from(id.as_str()), Value::from(room.as_str()));
+        _ = write!(
+            out,
+            "{{\"content\":{},\"event_id\":{id},\"room_id\":{room},\"sender\":{},\
+            \"type\":\"m.room.member\",\"state_key\":{},\"origin_server_ts\":{},\
+            \"unsigned\":{{\"age\":{age}}}}}",
+            self.content, self.sender, self.state_key, self.origin_server_ts
+        );
+    }
 }
 
 /// The client form inside `/sync`, where the room is known from the place.
@@ -209,6 +252,21 @@ mod tests {
             write_state_event(&pdu, &unsigned, &mut text);
             let written: Value = serde_json::from_str(&text).unwrap();
             assert_eq!(written, Value::Object(client_event(&pdu, &unsigned)));
+        }
+
+        let member = MemberText::read(&pdu.json).unwrap();
+        assert_eq!(member.membership, Some("join"));
+        let mut text = String::new();
+        member.write(&pdu.event_id, &pdu.room_id, 12, &mut text);
+        let aged = Unsigned {
+            age: Some(5),
+            ..Unsigned::default()
+        };
+        let written: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(written, Value::Object(client_event(&pdu, &aged)));
+        let message = pdu.json.replace("m.room.member", "m.room.message");
+        for bad in ["", "{}", &pdu.json[..40], &message] {
+            assert!(MemberText::read(bad).is_none(), "{bad}");
         }
     }
 

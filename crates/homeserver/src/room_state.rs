@@ -5,7 +5,6 @@
 
 use protocol::id::{RoomId, UserId};
 use protocol::nid::EventNid;
-use protocol::pdu::Pdu;
 use protocol::state::StateMap;
 use serde_json::{Map, Value, json};
 use storage::timeline;
@@ -141,18 +140,19 @@ pub async fn members(
             if let Some(at) = at {
                 state = state_at(&mut view, at)?;
             }
-            let wanted = |pdu: &Pdu| {
-                let membership = membership_of(pdu);
+            let wanted = |membership: &str| {
                 let only = asked.membership.as_deref();
                 only.is_none_or(|only| only == membership)
                     && asked.not_membership.as_deref() != Some(membership)
             };
             let members = view.members_in(&state)?;
-            let nids: Vec<EventNid> = members.into_iter().map(|(_, nid)| nid).collect();
+            let mut nids: Vec<EventNid> = members.into_iter().map(|(_, nid)| nid).collect();
+            // As they lie in the store.
+            nids.sort_unstable();
             let mut pieces = vec!["{\"chunk\":[".to_owned()];
             for stretch in nids.chunks(STRETCH) {
                 let mut piece = String::new();
-                view.write_state(stretch, now_ms, wanted, &mut piece)?;
+                view.write_members(stretch, now_ms, wanted, &mut piece)?;
                 pieces.push(piece);
             }
             // The first of all has no comma before it.
@@ -226,7 +226,10 @@ pub async fn joined_members(
             };
             let state = view.room.state.clone();
             let mut joined = Map::new();
-            for stretch in view.members_in(&state)?.chunks(STRETCH) {
+            let mut members = view.members_in(&state)?;
+            // As they lie in the store.
+            members.sort_unstable_by_key(|(_, nid)| *nid);
+            for stretch in members.chunks(STRETCH) {
                 let nids: Vec<EventNid> = stretch.iter().map(|(_, nid)| *nid).collect();
                 let events = storage::events::pdus_once(view.c, &nids)?;
                 for (user, nid) in stretch {

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use storage::timeline::{self, RoomRow, TimelineEvent};
 use storage::{Conn, events, states};
 
-use crate::client_event::{self, Unsigned};
+use crate::client_event::{self, MemberText, Unsigned};
 use crate::visibility::{Circumstances, HistoryVisibility, visible};
 
 /// Who reads: the user and, for transaction ids, the device.
@@ -275,19 +275,48 @@ impl<'c> RoomView<'c> {
             .collect())
     }
 
-    /// The client forms of those of these state events that are wanted, as JSON with a comma before each.
-    pub fn write_state(
+    /// The client forms of those of these member events whose membership is wanted, as JSON with a comma
+    /// before each.
+    pub fn write_members(
         &mut self,
         nids: &[EventNid],
         now_ms: i64,
-        wanted: impl Fn(&Pdu) -> bool,
+        wanted: impl Fn(&str) -> bool,
+        out: &mut String,
+    ) -> Result<()> {
+        let begin = out.len();
+        let mut written = Vec::new();
+        let room = self.room.room.clone();
+        events::texts_of(self.c, nids, &mut |id, json| {
+            let event = MemberText::read(json)
+                .ok_or_else(|| storage::Error::corrupt(format!("{id} is no member event")))?;
+            if wanted(standing(event.membership)) {
+                out.push(',');
+                event.write(&id, &room, now_ms, out);
+                written.push(id);
+            }
+            Ok(())
+        })?;
+        // Hardly ever. What a redaction leaves of an event is not for a text to say.
+        if timeline::redactions_of(self.c, self.room.nid, &written)?.is_empty() {
+            return Ok(());
+        }
+        out.truncate(begin);
+        self.write_redacted_members(nids, now_ms, wanted, out)
+    }
+
+    fn write_redacted_members(
+        &mut self,
+        nids: &[EventNid],
+        now_ms: i64,
+        wanted: impl Fn(&str) -> bool,
         out: &mut String,
     ) -> Result<()> {
         let pdus = events::pdus_once(self.c, nids)?;
         let pdus: Vec<_> = nids
             .iter()
             .filter_map(|nid| pdus.get(nid))
-            .filter(|pdu| wanted(pdu))
+            .filter(|pdu| wanted(membership_of(pdu)))
             .collect();
         let redactions = self.redactions(pdus.iter().copied())?;
         for pdu in pdus {
@@ -396,7 +425,11 @@ impl<'c> RoomView<'c> {
 
 /// The `membership` of a member event, `leave` for anything else.
 pub fn membership_of(pdu: &Pdu) -> &'static str {
-    match pdu.membership() {
+    standing(pdu.membership())
+}
+
+fn standing(membership: Option<&str>) -> &'static str {
+    match membership {
         Some("join") => "join",
         Some("invite") => "invite",
         Some("knock") => "knock",

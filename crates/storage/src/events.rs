@@ -200,6 +200,23 @@ pub fn json(c: &mut dyn Conn, events: &[EventNid]) -> Result<Vec<(EventNid, Arc<
     Ok(found)
 }
 
+const TEXTS: &str = "SELECT e.nid, i.event_id, e.json FROM events e
+    JOIN event_ids i ON i.nid = e.nid WHERE e.nid IN (SELECT value FROM rarray($1))";
+
+/// Ids and federation forms of these events as they are stored, one after the other.
+pub fn texts_of(
+    c: &mut dyn Conn,
+    events: &[EventNid],
+    each: &mut dyn FnMut(EventId, &str) -> Result<()>,
+) -> Result<()> {
+    let mut numbers = raw(events);
+    numbers.sort_unstable();
+    for batch in numbers.chunks(BATCH) {
+        c.query(TEXTS, &[&batch], &mut |row| each(row.id(1)?, row.text(2)?))?;
+    }
+    Ok(())
+}
+
 /// The part of a member event that says what it makes of the user.
 #[derive(Deserialize)]
 struct MemberEvent<'a> {
