@@ -130,6 +130,8 @@ fn weight(input: &Input) -> usize {
             Loaded::Ready(ready) => ready.len(),
             _ => 1,
         },
+        // A fetch thinks about what has come so far.
+        Input::Woke => INLINE_PDUS_MAX + 1,
         _ => 1,
     }
 }

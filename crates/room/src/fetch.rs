@@ -21,13 +21,13 @@ use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 
 use crate::effect::{
-    Answer, Ask, AskError, BadPdu, Fault, Found, Input, Known, Load, Loaded, Now, Place, RawPdu,
-    Section, StateKey, Ticket,
+    Answer, Ask, AskError, BadPdu, Fault, Input, Known, Load, Loaded, Now, Place, RawPdu, Section,
+    StateKey, Ticket,
 };
 use crate::facts::{Facts, Got};
 use crate::outbox::Outbox;
 use crate::rest::Rest;
-use crate::sift::{self, Pdus};
+use crate::sift::{self, Judged, Pdus};
 use crate::write::{FanOut, Memberships, NewEvent, Verdict, WriteSet};
 
 mod ids;
@@ -113,19 +113,25 @@ pub(crate) struct Fetch {
     stage: Stage,
     /// Everything wanted, which is state, auth chain and the event itself; and what is stored.
     ids: Ids,
-    /// Stored events that others stand on.
-    auth: BTreeMap<EventId, Found>,
+    /// Judged events that others stand on, stored or on their way there.
+    auth: BTreeMap<EventId, Stood>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
     /// Verified while a thought about those that wait was under way. They come to these after it: a thought
     /// whose matter grows would never come to its end.
-    arrived: Vec<Arc<Pdu>>,
+    arrived: VecDeque<Arc<Pdu>>,
     /// Events of one commit.
     chunk: usize,
     /// What those that wait stand on and is not among them; `None` when they have changed since.
     stood_on: Option<Arc<BTreeSet<EventId>>>,
     /// How many have to wait before they are looked at.
     flush_at: usize,
+    /// What the store is at. Meanwhile more is judged.
+    writing: Option<Writing>,
+    /// What it is to be given then.
+    next: Option<Vec<(Arc<Pdu>, Verdict)>>,
+    /// More can be judged. Not at once, so that what the store waits for leaves first.
+    think_at: Option<Duration>,
     create: Option<Arc<Pdu>>,
     /// How many donors were asked for an event.
     tried: BTreeMap<EventId, usize>,
@@ -170,10 +176,28 @@ enum Stage {
     /// All is here, but another server may see it otherwise.
     Comparing,
     Events(BTreeMap<Ticket, EventId>, VecDeque<EventId>),
+    Over,
+}
+
+enum Writing {
     /// What is judged gets its numbers.
     Numbering(Ticket, Vec<(Arc<Pdu>, Verdict)>),
     Storing(Ticket, Vec<(Arc<Pdu>, Known)>, VecDeque<NewEvent>),
-    Over,
+}
+
+struct Stood {
+    pdu: Arc<Pdu>,
+    rejected: bool,
+}
+
+impl Judged for Stood {
+    fn pdu(&self) -> &Pdu {
+        &self.pdu
+    }
+
+    fn is_rejected(&self) -> bool {
+        self.rejected
+    }
 }
 
 impl Fetch {
@@ -222,9 +246,8 @@ impl Fetch {
         this.sources.push(Source { donor: 0 });
         for pdu in rest.left_out {
             this.ids.want(&pdu.event_id);
-            this.arrived.push(pdu);
+            this.arrived.push_back(pdu);
         }
-        this.take_arrived();
         for (section, pdu) in rest.held {
             match this.given.back_mut() {
                 Some((last, window)) if *last == section && window.len() < WINDOW => {
@@ -274,10 +297,13 @@ impl Fetch {
             ids: Ids::default(),
             auth: BTreeMap::new(),
             waiting: Pdus::new(),
-            arrived: Vec::new(),
+            arrived: VecDeque::new(),
             chunk: CHUNK,
             stood_on: None,
             flush_at: CHUNK,
+            writing: None,
+            next: None,
+            think_at: None,
             create: None,
             tried: BTreeMap::new(),
             hopeless: BTreeSet::new(),
@@ -323,13 +349,15 @@ impl Fetch {
 
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
-        let busy = self.facts.is_waiting() || !matches!(self.stage, Stage::Thinking);
-        self.checks.len() < CHECKS_MAX && !(busy && self.arrived.len() >= ARRIVED_MAX * self.chunk)
+        self.checks.len() < CHECKS_MAX && self.arrived.len() < ARRIVED_MAX * self.chunk
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
     pub fn deadline(&self) -> Option<Duration> {
-        self.compare_until
+        [self.compare_until, self.think_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// How many of the wanted events are stored, and how many are wanted.
@@ -345,8 +373,33 @@ impl Fetch {
         out: &mut Outbox,
         now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
+        let input = match (self.writing.take(), input) {
+            (
+                Some(Writing::Numbering(t, judged)),
+                Input::Loaded {
+                    ticket,
+                    loaded: Loaded::Interned { events, keys },
+                },
+            ) if t == ticket => {
+                self.on_numbered(judged, events, keys, out);
+                return None;
+            }
+            (Some(Writing::Storing(t, chunk, rest)), Input::Committed { ticket, outcome })
+                if t == ticket =>
+            {
+                return self.on_stored(chunk, rest, outcome.is_ok(), out, now);
+            }
+            (writing, input) => {
+                self.writing = writing;
+                input
+            }
+        };
         let stage = std::mem::replace(&mut self.stage, Stage::Over);
         match (stage, input) {
+            (Stage::Thinking, Input::Woke) => {
+                self.stage = Stage::Thinking;
+                return self.think_if_idle(out, now);
+            }
             (stage, Input::Answered { ticket, answer, .. })
                 if self.ids_asked.contains_key(&ticket) =>
             {
@@ -406,18 +459,6 @@ impl Fetch {
             }
             (Stage::Events(asks, queue), Input::Answered { ticket, answer, .. }) => {
                 return self.on_event((asks, queue), ticket, answer, out, now);
-            }
-            (
-                Stage::Numbering(t, judged),
-                Input::Loaded {
-                    ticket,
-                    loaded: Loaded::Interned { events, keys },
-                },
-            ) if t == ticket => self.on_numbered(judged, events, keys, out),
-            (Stage::Storing(t, chunk, rest), Input::Committed { ticket, outcome })
-                if t == ticket =>
-            {
-                return self.on_stored(chunk, rest, outcome.is_ok(), out, now);
             }
             (stage, Input::Checked { ticket, pdus }) => {
                 self.stage = stage;
@@ -519,7 +560,7 @@ impl Fetch {
             let asked = self.ids.is_wanted(id)
                 || self.tried.contains_key(id)
                 || self.asked_ahead.contains(id);
-            if asked && pdu.room_id == self.facts.room && !self.ids.is_stored(id) {
+            if asked && pdu.room_id == self.facts.room && !self.ids.is_here(id) {
                 if sift::is_create(&pdu) {
                     self.create = Some(pdu.clone());
                 }
@@ -527,7 +568,7 @@ impl Fetch {
                 if self.asked_ahead.contains(id) {
                     self.flush_at = self.chunk;
                 }
-                self.arrived.push(pdu);
+                self.arrived.push_back(pdu);
             }
         }
     }
@@ -597,13 +638,17 @@ impl Fetch {
             && self.body.is_none()
             && self.ahead.is_empty()
             && self.arrived.is_empty()
+            && self.writing.is_none()
+            && self.next.is_none()
     }
 
     /// Thinks once nothing is on its way, or there is enough to be stored.
     fn think_if_idle(&mut self, out: &mut Outbox, now: Now) -> Option<Result<Fetched, Unfetched>> {
-        if !matches!(self.stage, Stage::Thinking) || self.facts.is_waiting() {
+        let free = matches!(self.stage, Stage::Thinking) && !self.facts.is_waiting();
+        if !free || self.next.is_some() {
             return None;
         }
+        self.think_at = None;
         self.take_arrived();
         match self.is_idle() || self.waiting.len() >= self.flush_at {
             true => self.think(out, now),
@@ -612,11 +657,19 @@ impl Fetch {
     }
 
     fn take_arrived(&mut self) {
-        if !self.arrived.is_empty() {
-            self.stood_on = None;
+        if self.arrived.is_empty() {
+            return;
         }
-        for pdu in std::mem::take(&mut self.arrived) {
-            if !self.ids.is_stored(&pdu.event_id) {
+        self.stood_on = None;
+        // Few members are stood on by what comes later; these are read again.
+        let ids = &self.ids;
+        self.auth
+            .retain(|id, stood| !is_member(&stood.pdu) || ids.is_coming(id));
+        self.facts.forget_found();
+        let lacking = self.flush_at.saturating_sub(self.waiting.len());
+        let taken = self.arrived.len().min(lacking.max(self.chunk));
+        for pdu in self.arrived.drain(..taken) {
+            if !self.ids.is_here(&pdu.event_id) {
                 self.waiting.insert(pdu.event_id.clone(), pdu);
             }
         }
@@ -639,7 +692,7 @@ impl Fetch {
         };
         match thought {
             Thought::Store(events) => {
-                self.number(events, out);
+                self.keep(events, out, now);
                 None
             }
             Thought::AskState(event_id) => {
@@ -653,7 +706,7 @@ impl Fetch {
             Thought::AskAhead(ids, events) => {
                 self.ask_ahead(ids, out);
                 if !events.is_empty() {
-                    self.number(events, out);
+                    self.keep(events, out, now);
                 }
                 None
             }
@@ -726,9 +779,9 @@ impl Fetch {
 
     /// What is wanted or stood on and is not here, in order.
     fn missing(&self, stood_on: &BTreeSet<EventId>) -> Vec<EventId> {
-        let wanted = self.ids.wanted().filter(|(_, entry)| entry.known.is_none());
+        let wanted = self.ids.wanted().filter(|(_, entry)| !entry.is_here());
         let unnamed = stood_on.iter();
-        let unnamed = unnamed.filter(|id| !self.ids.is_wanted(id) && !self.ids.is_stored(id));
+        let unnamed = unnamed.filter(|id| !self.ids.is_wanted(id) && !self.ids.is_here(id));
         let missing = wanted.map(|(id, _)| id).chain(unnamed);
         let missing = missing.filter(|id| !self.waiting.contains_key(*id));
         let mut missing: Vec<_> = missing.cloned().collect();
@@ -756,7 +809,7 @@ impl Fetch {
         }
         let mut dependents: BTreeMap<&EventId, usize> = BTreeMap::new();
         for id in self.waiting.values().flat_map(|pdu| &pdu.auth_events) {
-            let missing = stood_on.contains(id) && !self.ids.is_stored(id);
+            let missing = stood_on.contains(id) && !self.ids.is_here(id);
             if missing && !self.asked_ahead.contains(id) {
                 *dependents.entry(id).or_default() += 1;
             }
@@ -813,7 +866,7 @@ impl Fetch {
 
     /// Looks for what is stood on without being wanted in the store.
     fn look_up(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
-        let unnamed = |id: &&EventId| !self.ids.is_wanted(id) && !self.ids.is_stored(id);
+        let unnamed = |id: &&EventId| !self.ids.is_wanted(id) && !self.ids.is_here(id);
         let ids: Vec<_> = stood_on.iter().filter(unnamed).cloned().collect();
         let known = self.facts.known(&ids)?;
         for (id, known) in ids.iter().zip(known) {
@@ -834,7 +887,9 @@ impl Fetch {
                 if sift::is_create(&found.pdu) {
                     self.create = Some(found.pdu.clone());
                 }
-                self.auth.insert(id, found);
+                let rejected = found.known.rejected;
+                let pdu = found.pdu;
+                self.auth.insert(id, Stood { pdu, rejected });
             }
         }
         Ok(())
@@ -847,6 +902,27 @@ impl Fetch {
         sift::sift(version, room, &self.waiting, &self.auth, create).usable
     }
 
+    /// These are judged, and go to the store as soon as it is free.
+    fn keep(&mut self, events: Vec<(Arc<Pdu>, Verdict)>, out: &mut Outbox, now: Now) {
+        self.stood_on = None;
+        for (pdu, verdict) in &events {
+            let id = &pdu.event_id;
+            self.waiting.remove(id);
+            self.ids.comes(id);
+            let stood = Stood {
+                pdu: Arc::clone(pdu),
+                rejected: *verdict != Verdict::Accepted,
+            };
+            self.auth.insert(id.clone(), stood);
+        }
+        if self.writing.is_some() {
+            self.next = Some(events);
+            return;
+        }
+        self.number(events, out);
+        self.think_at = Some(now.since_start);
+    }
+
     /// Gets numbers for these events and their state keys, to store them.
     fn number(&mut self, judged: Vec<(Arc<Pdu>, Verdict)>, out: &mut Outbox) {
         let ids = judged.iter().map(|(pdu, _)| pdu.event_id.clone()).collect();
@@ -856,7 +932,7 @@ impl Fetch {
             ids,
             keys,
         };
-        self.stage = Stage::Numbering(out.load(&self.facts.room, load), judged);
+        self.writing = Some(Writing::Numbering(out.load(&self.facts.room, load), judged));
     }
 
     fn on_numbered(
@@ -912,7 +988,7 @@ impl Fetch {
             .collect();
         let mut writes = WriteSet::new(self.facts.room.clone(), self.version);
         writes.events = events.into();
-        self.stage = Stage::Storing(out.commit(writes), chunk, rest);
+        self.writing = Some(Writing::Storing(out.commit(writes), chunk, rest));
     }
 
     fn on_stored(
@@ -927,23 +1003,18 @@ impl Fetch {
             // The room was purged in the meantime; nothing here is of use any more.
             return Some(Err(unreachable("the room is gone")));
         }
-        self.stood_on = None;
         for (pdu, known) in chunk {
-            let id = pdu.event_id.clone();
-            self.waiting.remove(&id);
-            self.ids.store(&id, known);
-            // Few members are stood on by what comes later; these are read again.
-            if !is_member(&pdu) {
-                self.auth.insert(id, Found { known, pdu });
-            }
+            self.ids.store(&pdu.event_id, known);
         }
         if !rest.is_empty() {
             self.store(rest, out);
             return None;
         }
-        self.auth.retain(|_, found| !is_member(&found.pdu));
-        self.facts.forget_found();
-        self.stage = Stage::Thinking;
+        if let Some(next) = self.next.take() {
+            self.number(next, out);
+            self.think_at = Some(now.since_start);
+            return None;
+        }
         self.feed(out);
         self.think_if_idle(out, now)
     }

@@ -56,13 +56,29 @@ pub(crate) fn is_create(pdu: &Pdu) -> bool {
     &*pdu.kind == "m.room.create" && pdu.state_key.as_deref() == Some("")
 }
 
+/// An event that was judged before.
+pub(crate) trait Judged {
+    fn pdu(&self) -> &Pdu;
+    fn is_rejected(&self) -> bool;
+}
+
+impl Judged for Found {
+    fn pdu(&self) -> &Pdu {
+        &self.pdu
+    }
+
+    fn is_rejected(&self) -> bool {
+        self.known.rejected
+    }
+}
+
 /// Walks up from the events that need none (J-62). An event counts only when all its auth events do
 /// (J-60); one that fails the rules against them is rejected (J-61).
 pub(crate) fn sift(
     version: RoomVersion,
     room: &RoomId,
     pdus: &Pdus,
-    stored: &BTreeMap<EventId, Found>,
+    stored: &BTreeMap<EventId, impl Judged>,
     create: Option<&Arc<Pdu>>,
 ) -> Sifted {
     let mut walk = Walk::new(version, room, pdus, stored, create);
@@ -103,7 +119,8 @@ struct Node<'a> {
 #[derive(Clone, Copy)]
 enum Auth<'a> {
     Node(usize),
-    Stored(&'a Found),
+    /// And whether it was rejected.
+    Stored(&'a Pdu, bool),
 }
 
 impl<'a> Walk<'a> {
@@ -111,7 +128,7 @@ impl<'a> Walk<'a> {
         version: RoomVersion,
         room: &RoomId,
         pdus: &'a Pdus,
-        stored: &'a BTreeMap<EventId, Found>,
+        stored: &'a BTreeMap<EventId, impl Judged>,
         create: Option<&'a Arc<Pdu>>,
     ) -> Self {
         let ids: Vec<&EventId> = pdus.keys().collect();
@@ -126,7 +143,10 @@ impl<'a> Walk<'a> {
         };
         let find = |id: &EventId| match ids.binary_search(&id) {
             Ok(number) => Some(Auth::Node(number)),
-            Err(_) => stored.get(id).map(Auth::Stored),
+            Err(_) => {
+                let stored = stored.get(id)?;
+                Some(Auth::Stored(stored.pdu(), stored.is_rejected()))
+            }
         };
         for (number, pdu) in pdus.values().enumerate() {
             this.enter(number, pdu, room, find);
@@ -159,7 +179,7 @@ impl<'a> Walk<'a> {
                 .chain(silent.iter().flatten())
                 .filter_map(|auth| match auth {
                     Auth::Node(number) => Some(*number),
-                    Auth::Stored(_) => None,
+                    Auth::Stored(..) => None,
                 })
                 .collect();
             waits_for.sort_unstable();
@@ -193,7 +213,7 @@ impl<'a> Walk<'a> {
                     let node = &self.nodes[*number];
                     (&**node.pdu, node.accepted != Some(true))
                 }
-                Auth::Stored(found) => (&*found.pdu, found.known.rejected),
+                Auth::Stored(pdu, rejected) => (*pdu, *rejected),
             })
             .collect();
         if node.pdu.oversized_field {

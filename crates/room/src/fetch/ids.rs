@@ -10,12 +10,21 @@ use crate::effect::Known;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Entry {
     pub known: Option<Known>,
+    /// On its way to the store.
+    pub coming: bool,
     /// Part of the state, of an auth chain, or asked for by name; others came as what such events stand on.
     pub wanted: bool,
     /// The sources that named it, a bit for each. Two are asked at most.
     named: u8,
     /// The sources in whose state it is.
     state: u8,
+}
+
+impl Entry {
+    /// Stored, or on its way there.
+    pub fn is_here(&self) -> bool {
+        self.coming || self.known.is_some()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -49,6 +58,7 @@ impl Ids {
             let same = id == first;
             if same {
                 entry.known = entry.known.or(later.known);
+                entry.coming |= later.coming;
                 entry.named |= later.named;
                 entry.state |= later.state;
                 entry.wanted |= later.wanted;
@@ -60,6 +70,7 @@ impl Ids {
         for (id, entry) in &mut self.listed {
             if let Some(single) = self.single.remove(id) {
                 entry.known = single.known;
+                entry.coming = single.coming;
                 entry.named |= single.named;
                 entry.state |= single.state;
                 if single.wanted {
@@ -88,8 +99,15 @@ impl Ids {
         self.entry(id).state |= 1 << source;
     }
 
+    /// It is judged, and on its way to the store.
+    pub fn comes(&mut self, id: &EventId) {
+        self.entry(id).coming = true;
+    }
+
     pub fn store(&mut self, id: &EventId, known: Known) {
-        if self.entry(id).known.replace(known).is_none() {
+        let entry = self.entry(id);
+        entry.coming = false;
+        if entry.known.replace(known).is_none() {
             self.stored += 1;
         }
     }
@@ -104,6 +122,15 @@ impl Ids {
 
     pub fn is_stored(&self, id: &EventId) -> bool {
         self.stored(id).is_some()
+    }
+
+    pub fn is_coming(&self, id: &EventId) -> bool {
+        self.get(id).is_some_and(|entry| entry.coming)
+    }
+
+    /// Whether another copy would be of no use.
+    pub fn is_here(&self, id: &EventId) -> bool {
+        self.get(id).is_some_and(Entry::is_here)
     }
 
     pub fn is_named_by(&self, source: usize, id: &EventId) -> bool {
