@@ -31,6 +31,8 @@ impl Entry {
 pub(super) struct Ids {
     /// What came in lists, in the order of the ids.
     listed: Vec<(EventId, Entry)>,
+    /// The beginnings of these ids, which stay in the processor's cache when a room's ids do not.
+    beginnings: Vec<u64>,
     /// What came one by one.
     single: BTreeMap<EventId, Entry>,
     wanted: usize,
@@ -65,6 +67,7 @@ impl Ids {
             }
             same
         });
+        self.beginnings = all.iter().map(|(id, _)| beginning(id)).collect();
         self.listed = all;
         let mut new = Vec::new();
         for (id, entry) in &mut self.listed {
@@ -171,21 +174,36 @@ impl Ids {
 
     fn get(&self, id: &EventId) -> Option<&Entry> {
         match self.place(id) {
-            Ok(place) => Some(&self.listed[place].1),
-            Err(_) => self.single.get(id),
+            Some(place) => Some(&self.listed[place].1),
+            None => self.single.get(id),
         }
     }
 
     fn entry(&mut self, id: &EventId) -> &mut Entry {
         match self.place(id) {
-            Ok(place) => &mut self.listed[place].1,
-            Err(_) => self.single.entry(id.clone()).or_default(),
+            Some(place) => &mut self.listed[place].1,
+            None => self.single.entry(id.clone()).or_default(),
         }
     }
 
-    fn place(&self, id: &EventId) -> Result<usize, usize> {
-        self.listed.binary_search_by(|(other, _)| other.cmp(id))
+    fn place(&self, id: &EventId) -> Option<usize> {
+        let wanted = beginning(id);
+        let from = self.beginnings.partition_point(|other| *other < wanted);
+        // One, where ids are hashes.
+        let alike = self.beginnings[from..].partition_point(|other| *other == wanted);
+        let place = self.listed[from..from + alike].binary_search_by(|(other, _)| other.cmp(id));
+        Some(from + place.ok()?)
     }
+}
+
+/// The first characters of an id after its sigil, as a number that is in the order of the ids.
+fn beginning(id: &EventId) -> u64 {
+    let text = id.as_str().as_bytes();
+    let mut bytes = [0; 8];
+    for (byte, character) in bytes.iter_mut().zip(text.iter().skip(1)) {
+        *byte = *character;
+    }
+    u64::from_be_bytes(bytes)
 }
 
 #[cfg(test)]
@@ -235,6 +253,25 @@ mod tests {
         assert!(ids.is_named_by(0, &id("b")) && ids.is_named_by(1, &id("b")));
         assert!(!ids.is_named_by(1, &id("c")));
         assert!(ids.is_stored(&id("a")) && ids.is_stored(&id("x")) && !ids.is_stored(&id("b")));
+    }
+
+    #[test]
+    fn ids_that_begin_alike_are_told_apart() {
+        let names = ["a", "abcdefgh", "abcdefgh1", "abcdefgh2", "abcdefgi", "b"];
+        let mut ids = Ids::default();
+        ids.add_source(
+            0,
+            names.iter().rev().map(|name| id(name)).collect(),
+            Vec::new(),
+        );
+        for (nid, name) in names.iter().enumerate() {
+            ids.store(&id(name), known(nid as i64));
+        }
+        for (nid, name) in names.iter().enumerate() {
+            assert_eq!(ids.stored(&id(name)), Some(&known(nid as i64)));
+        }
+        assert_eq!(ids.stored_count(), names.len());
+        assert!(!ids.is_wanted(&id("abcdefgh3")) && !ids.is_wanted(&id("c")));
     }
 
     #[test]
