@@ -666,9 +666,10 @@ impl Fetch {
         self.auth
             .retain(|id, stood| !is_member(&stood.pdu) || ids.is_coming(id));
         self.facts.forget_found();
-        let lacking = self.flush_at.saturating_sub(self.waiting.len());
-        let taken = self.arrived.len().min(lacking.max(self.chunk));
-        for pdu in self.arrived.drain(..taken) {
+        let enough = self.flush_at.max(self.waiting.len() + self.chunk);
+        while self.waiting.len() < enough
+            && let Some(pdu) = self.arrived.pop_front()
+        {
             if !self.ids.is_here(&pdu.event_id) {
                 self.waiting.insert(pdu.event_id.clone(), pdu);
             }
