@@ -557,10 +557,10 @@ impl Fetch {
                 continue;
             };
             let id = &pdu.event_id;
-            let asked = self.ids.is_wanted(id)
-                || self.tried.contains_key(id)
-                || self.asked_ahead.contains(id);
-            if asked && pdu.room_id == self.facts.room && !self.ids.is_here(id) {
+            let entry = self.ids.get(id).copied().unwrap_or_default();
+            let asked =
+                entry.wanted || self.tried.contains_key(id) || self.asked_ahead.contains(id);
+            if asked && pdu.room_id == self.facts.room && !entry.is_here() {
                 if sift::is_create(&pdu) {
                     self.create = Some(pdu.clone());
                 }

@@ -172,7 +172,7 @@ impl Ids {
         listed.chain(&self.single)
     }
 
-    fn get(&self, id: &EventId) -> Option<&Entry> {
+    pub fn get(&self, id: &EventId) -> Option<&Entry> {
         match self.place(id) {
             Some(place) => Some(&self.listed[place].1),
             None => self.single.get(id),
@@ -189,8 +189,15 @@ impl Ids {
     fn place(&self, id: &EventId) -> Option<usize> {
         let wanted = beginning(id);
         let from = self.beginnings.partition_point(|other| *other < wanted);
+        let rest = &self.beginnings[from..];
         // One, where ids are hashes.
-        let alike = self.beginnings[from..].partition_point(|other| *other == wanted);
+        let alike = match rest {
+            [first, second, ..] if *first == wanted && *second == wanted => {
+                rest.partition_point(|other| *other == wanted)
+            }
+            [first, ..] if *first == wanted => 1,
+            _ => return None,
+        };
         let place = self.listed[from..from + alike].binary_search_by(|(other, _)| other.cmp(id));
         Some(from + place.ok()?)
     }
