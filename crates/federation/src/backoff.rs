@@ -69,6 +69,17 @@ impl Backoff {
         );
     }
 
+    /// It failed in an earlier life of ours, and is to be left alone for so long.
+    pub fn resume(&self, server: &ServerName, wait: Duration) {
+        let last = Instant::now();
+        let failing = Failing {
+            times: 1,
+            last,
+            until: last + wait.min(BACKOFF_MAX),
+        };
+        self.failing.insert(server.clone(), failing);
+    }
+
     /// It answered, or asked us something: it lives.
     pub fn reset(&self, server: &ServerName) {
         self.failing.invalidate(server);

@@ -28,6 +28,8 @@ const PAUSE_FIRST_MS: i64 = 1_000;
 /// The same for a server that has never answered. A large room names many such, most of them gone for good.
 const PAUSE_STRANGER_MS: i64 = 10_000;
 const PAUSE_MAX_MS: i64 = 3_600_000;
+/// At a start, servers that did not answer before are tried again over so long at least, and not all at once.
+const RESUMED_WITHIN_MS: i64 = 30_000;
 /// A worker with nothing to do ends after this.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
@@ -72,7 +74,7 @@ impl Outgoing<'_> {
             } else {
                 workers.insert(server.clone(), VecDeque::from([edu.clone()]));
                 drop(workers);
-                self.spawn(server);
+                self.spawn(server, None);
             }
         }
     }
@@ -116,15 +118,26 @@ impl Outgoing<'_> {
             if running {
                 hs.notifier().wake(&Topic::Destination(server.clone()));
             } else {
-                self.spawn(server.clone());
+                self.spawn(server.clone(), None);
             }
         }
     }
 
-    /// At boot: whatever is left in the outbox goes on.
+    /// At boot: whatever is left in the outbox goes on. Who did not answer before is not asked sooner for that.
     pub async fn resume(&self) -> storage::Result<()> {
         let servers = self.hs.store().read(queues::waiting_servers).await?;
-        self.start(self.hs, &servers);
+        let now = self.hs.clock().unix_ms();
+        for (server, retry_at) in servers {
+            let wait = retry_at.map(|at| {
+                let wait = (at - now).clamp(0, PAUSE_MAX_MS);
+                millis(wait + rand::random_range(0..=RESUMED_WITHIN_MS))
+            });
+            if let Some(wait) = wait {
+                self.hs.client().backoff().resume(&server, wait);
+            }
+            lock(&self.hs.queues().workers).insert(server.clone(), VecDeque::new());
+            self.spawn(server, wait);
+        }
         Ok(())
     }
 
@@ -137,10 +150,11 @@ impl Outgoing<'_> {
         self.hs.notifier().wake(&Topic::Destination(server.clone()));
     }
 
-    fn spawn(&self, server: ServerName) {
+    /// A worker that begins after a pause, if there is one.
+    fn spawn(&self, server: ServerName, pause: Option<Duration>) {
         let hs = self.hs.clone();
         self.hs
-            .spawn_until_stop("outgoing", async move { work(&hs, server).await });
+            .spawn_until_stop("outgoing", async move { work(&hs, server, pause).await });
     }
 }
 
@@ -148,9 +162,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn work(hs: &Homeserver, server: ServerName) {
+async fn work(hs: &Homeserver, server: ServerName, pause: Option<Duration>) {
     let mut wakeups = Wakeups::new(hs.notifier(), [Topic::Destination(server.clone())]);
     let mut counter: u64 = 0;
+    if let Some(pause) = pause {
+        rest(hs, &server, pause, &mut wakeups).await;
+    }
     loop {
         let sent = match deliver(hs, &server, &mut counter).await {
             Ok(sent) => sent,
@@ -171,14 +188,17 @@ async fn work(hs: &Homeserver, server: ServerName) {
                     return;
                 }
             }
-            Sent::Failed(pause) => {
-                tokio::select! {
-                    biased;
-                    () = tokio::time::sleep(pause) => {}
-                    () = heard_of(hs, &server, &mut wakeups) => {}
-                }
-            }
+            Sent::Failed(pause) => rest(hs, &server, pause, &mut wakeups).await,
         }
+    }
+}
+
+/// Waits, or until somebody hears of the server.
+async fn rest(hs: &Homeserver, server: &ServerName, pause: Duration, wakeups: &mut Wakeups) {
+    tokio::select! {
+        biased;
+        () = tokio::time::sleep(pause) => {}
+        () = heard_of(hs, server, wakeups) => {}
     }
 }
 
@@ -352,9 +372,11 @@ async fn failed(
     }
     // Some spread, so that not all servers of a dead proxy are tried in the same second.
     let spread = rand::random_range(0..=interval / 4);
-    Ok(Duration::from_millis(
-        u64::try_from(interval + spread).unwrap_or(0),
-    ))
+    Ok(millis(interval + spread))
+}
+
+fn millis(ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(ms).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -151,7 +151,8 @@ const WAITING: &str = "SELECT o.number, e.json, o.edu FROM outbox o
     LEFT JOIN events e ON e.nid = o.event_nid
     WHERE o.server = $1 ORDER BY o.number LIMIT $2";
 const SENT: &str = "DELETE FROM outbox WHERE server = $1 AND number = $2";
-const WAITING_SERVERS: &str = "SELECT DISTINCT server FROM outbox ORDER BY server";
+const WAITING_SERVERS: &str = "SELECT DISTINCT o.server, d.retry_at_ms FROM outbox o
+    LEFT JOIN destinations d ON d.server = o.server ORDER BY o.server";
 /// Of each room only the newest event stays: who gets that can ask for what is between (P-44).
 const TRIM: &str =
     "DELETE FROM outbox WHERE server = $1 AND event_nid IS NOT NULL AND number NOT IN (
@@ -244,8 +245,11 @@ pub fn sent(c: &mut dyn Conn, server: &ServerName, numbers: &[i64]) -> Result<()
     Ok(())
 }
 
-pub fn waiting_servers(c: &mut dyn Conn) -> Result<Vec<ServerName>> {
-    c.query_all(WAITING_SERVERS, &[], |row| row.id(0))
+/// Servers for which something waits, and for those that did not answer when they are to be tried again.
+pub fn waiting_servers(c: &mut dyn Conn) -> Result<Vec<(ServerName, Option<i64>)>> {
+    c.query_all(WAITING_SERVERS, &[], |row| {
+        Ok((row.id(0)?, row.opt_int(1)?))
+    })
 }
 
 /// Drops all but the newest event of each room when more than `keep` wait. Returns how many went.

@@ -681,6 +681,39 @@ async fn r_37_a_join_is_sent_to_the_others_in_the_room_and_not_back() {
 }
 
 #[tokio::test]
+async fn o_2_who_did_not_answer_is_not_asked_sooner_for_a_restart_of_ours() {
+    let door = Door::public("11").await;
+    let other = Resident::start(&door.stage.network, "other.test");
+    let here = &door.stage.here;
+    let dora = other.user("dora");
+    other.join(&here.name, &door.room, &dora).await;
+    let (_, join) = door.join().await;
+    other.event(join.event_id.as_str()).await;
+
+    door.stage.network.cut(&other.name);
+    let missed = door.alice.say(&door.room, "missed").await;
+    door.resident().event(&missed).await;
+    let destination = async || {
+        let name = other.name.clone();
+        let read = move |c: &mut dyn storage::Conn| storage::queues::destination(c, &name);
+        let found = here.store().read(read).await.unwrap();
+        found.filter(|destination| destination.failing_since_ms.is_some())
+    };
+    let before = until("it does not arrive", &destination).await;
+    here.restart().await;
+    let said = door.alice.say(&door.room, "said").await;
+    door.resident().event(&said).await;
+    assert_eq!(destination().await, Some(before));
+
+    // It is heard of: now there is no need to wait.
+    door.stage.network.mend(&other.name);
+    let nobody = json!({ "push": [] });
+    other.edu_to(&here.name, "m.presence", nobody).await;
+    other.event(&missed).await;
+    other.event(&said).await;
+}
+
+#[tokio::test]
 async fn r_38_who_joins_beside_another_event_learns_of_it() {
     let door = Door::public("11").await;
     let join = door.template("join", |_| ()).await;
