@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use storage::account_data::GLOBAL;
-use storage::push::{self as table, Action, Pusher};
+use storage::push::{self as table, Action, EVENTS_BACK_MAX, Pusher};
 use storage::{Conn, streams, timeline};
 
 use crate::Homeserver;
@@ -31,8 +31,6 @@ use crate::push_rules::{self, PUSH_RULES};
 
 /// Events of a room looked at in one go; a room that was away for long is caught up with in several.
 const EVENTS_AT_ONCE: i64 = 100;
-/// Older events than these are history by the time we would notify of them.
-const EVENTS_BACK_MAX: i64 = 1000;
 /// Notifications of one page of `/notifications`.
 const LISTED_DEFAULT: i64 = 50;
 const LISTED_MAX: i64 = 500;

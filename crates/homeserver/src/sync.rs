@@ -29,6 +29,8 @@ use token::SyncToken;
 
 /// A client that wants to wait longer is answered after this.
 const TIMEOUT_MAX: Duration = Duration::from_secs(120);
+/// How long an answer waits for the counts of what it tells.
+const COUNT_MAX: Duration = Duration::from_millis(500);
 /// Rooms whose changes end a wait. In a user with more, the rest is seen at the next look.
 const WATCHED_ROOMS_MAX: usize = 5_000;
 
@@ -66,6 +68,8 @@ pub struct Built {
     pub anything: bool,
     /// Rooms in which something may happen that this user sees.
     pub rooms: Vec<RoomId>,
+    /// Something is told over which the push rules have not been run so far.
+    pub uncounted: bool,
     pub sent: Vec<SentNow>,
 }
 
@@ -125,7 +129,7 @@ pub async fn key_changes(homeserver: &Homeserver, reader: &Reader, from: &str) -
         use_state_after: false,
         now_ms: homeserver.clock().unix_ms(),
     };
-    let mut built = look(homeserver, &Arc::new(ask)).await?;
+    let mut built = look_counted(homeserver, &Arc::new(ask)).await?;
     let lists = built.body.remove("device_lists");
     Ok(lists.unwrap_or_else(|| json!({ "changed": [], "left": [] })))
 }
@@ -181,7 +185,7 @@ async fn acknowledge(homeserver: &Homeserver, reader: &Reader, since: &SyncToken
 async fn look_until(homeserver: &Homeserver, ask: Ask, wait: Duration) -> Result<Built> {
     let deadline = tokio::time::Instant::now() + wait;
     let ask = Arc::new(ask);
-    let mut built = look(homeserver, &ask).await?;
+    let mut built = look_counted(homeserver, &ask).await?;
     let at_once = wait.is_zero() || ask.since.is_none() || ask.full_state;
     if at_once || built.anything {
         return Ok(built);
@@ -191,7 +195,7 @@ async fn look_until(homeserver: &Homeserver, ask: Ask, wait: Duration) -> Result
             homeserver.notifier(),
             topics(&ask.reader.user, &built.rooms),
         );
-        built = look(homeserver, &ask).await?;
+        built = look_counted(homeserver, &ask).await?;
         if built.anything {
             return Ok(built);
         }
@@ -209,6 +213,29 @@ fn topics(user: &UserId, rooms: &[RoomId]) -> Vec<Topic> {
     std::iter::once(Topic::User(user.clone()))
         .chain(rooms.map(|room| Topic::Room(room.clone())))
         .collect()
+}
+
+/// What is told is counted, unless that takes too long: who has an event without its count has no reason to
+/// ask for it again before the next event.
+async fn look_counted(homeserver: &Homeserver, ask: &Arc<Ask>) -> Result<Built> {
+    let mut built = look(homeserver, ask).await?;
+    let deadline = tokio::time::Instant::now() + COUNT_MAX;
+    while built.uncounted {
+        let mut wakeups = Wakeups::new(
+            homeserver.notifier(),
+            topics(&ask.reader.user, &built.rooms),
+        );
+        built = look(homeserver, ask).await?;
+        if !built.uncounted {
+            break;
+        }
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep_until(deadline) => break,
+            () = wakeups.next() => {}
+        }
+    }
+    Ok(built)
 }
 
 async fn look(homeserver: &Homeserver, ask: &Arc<Ask>) -> Result<Built> {

@@ -1,6 +1,7 @@
 //! Pushers, and what the push rules made of events.
 
-use protocol::id::UserId;
+use protocol::id::{RoomId, UserId};
+use protocol::nid::RoomNid;
 
 use crate::driver::{Conn, Result, Row};
 
@@ -113,6 +114,8 @@ pub struct Action {
 const PROGRESS: &str = "SELECT position FROM push_progress WHERE room_id = $1";
 const SET_PROGRESS: &str = "INSERT INTO push_progress (room_id, position) VALUES ($1, $2)
     ON CONFLICT (room_id) DO UPDATE SET position = excluded.position";
+const UNCOUNTED: &str = "SELECT 1 FROM events WHERE room_nid = $1 AND place > 0 AND verdict = 0
+    AND position > $2 AND position <= $3 LIMIT 1";
 const PUT_ACTION: &str =
     "INSERT INTO push_actions (user_id, room_id, position, event_id, thread_id, highlight, actions)
     VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (user_id, room_id, position) DO NOTHING";
@@ -132,6 +135,16 @@ const LIST: &str =
 /// How far the rules have been run over this room.
 pub fn progress(c: &mut dyn Conn, room_id: &str) -> Result<Option<i64>> {
     c.query_int(PROGRESS, &[&room_id])
+}
+
+/// Older events than these are history by the time we would notify of them.
+pub const EVENTS_BACK_MAX: i64 = 1000;
+
+/// Whether there is anything new in the room, up to this position, over which the rules are still to be run.
+pub fn is_behind(c: &mut dyn Conn, nid: RoomNid, room: &RoomId, up_to: i64) -> Result<bool> {
+    let counted = progress(c, room.as_str())?.unwrap_or(0);
+    let after = counted.max(up_to - EVENTS_BACK_MAX);
+    c.exists(UNCOUNTED, &[&nid, &after, &up_to])
 }
 
 pub fn set_progress(c: &mut dyn Conn, room_id: &str, position: i64) -> Result<()> {

@@ -42,6 +42,7 @@ pub fn build(c: &mut dyn Conn, ask: &Ask, typing: &Typing, sent: &SentMembers) -
         went: Vec::new(),
         stirred: None,
         ignored,
+        uncounted: false,
     };
     look.read_account_data()?;
     if let Some(since) = ask.since {
@@ -108,6 +109,7 @@ pub fn build(c: &mut dyn Conn, ask: &Ask, typing: &Typing, sent: &SentMembers) -
         next: look.next,
         anything,
         rooms: watched,
+        uncounted: look.uncounted,
         sent: look.sent_now,
     })
 }
@@ -154,6 +156,8 @@ struct Look<'a> {
     stirred: Option<(BTreeSet<RoomNid>, BTreeSet<RoomId>)>,
     /// Whose events the user does not want to see.
     ignored: BTreeSet<UserId>,
+    /// Something is told over which the push rules have not been run so far.
+    uncounted: bool,
 }
 
 impl Look<'_> {
@@ -205,6 +209,10 @@ impl Look<'_> {
         };
         let end = view.room.state.clone();
         let mut told = room::tell(&mut view, ask, span, &end, self.sent, &mut self.sent_now)?;
+        if fresh || told.anything {
+            let up_to = self.next.events;
+            self.uncounted |= storage::push::is_behind(view.c, nid, &membership.room, up_to)?;
+        }
         let by_thread = ask.filter.room.timeline.unread_thread_notifications;
         let (unread, threads) = room::unread(&mut view, by_thread)?;
         told.body.insert("unread_notifications".to_owned(), unread);
