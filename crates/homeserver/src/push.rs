@@ -56,6 +56,37 @@ struct Round {
     more: bool,
 }
 
+/// The one run over a room that is under way.
+struct Run {
+    hs: Homeserver,
+    room: RoomId,
+    over: bool,
+}
+
+impl Run {
+    /// It is over, unless something came in the meantime.
+    fn end(&mut self) {
+        let mut rooms = lock(&self.hs.inner.push.rooms);
+        match rooms.get_mut(&self.room) {
+            Some(more) if *more => *more = false,
+            _ => {
+                rooms.remove(&self.room);
+                self.over = true;
+            }
+        }
+    }
+}
+
+/// Should it die of an event, the next event begins another one, and nobody sleeps on.
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.over {
+            lock(&self.hs.inner.push.rooms).remove(&self.room);
+            self.hs.notifier().wake_room(&self.room);
+        }
+    }
+}
+
 struct Listener {
     user: UserId,
     rules: Ruleset,
@@ -77,27 +108,21 @@ impl Homeserver {
             }
             rooms.insert(room.clone(), false);
         }
-        let (hs, room) = (self.clone(), room.clone());
+        let mut run = Run {
+            hs: self.clone(),
+            room: room.clone(),
+            over: false,
+        };
         self.spawn_until_stop("count", async move {
-            loop {
-                let more = match hs.count_next(&room).await {
-                    Ok(more) => more,
-                    Err(error) => {
-                        tracing::warn!(%room, %error, "the push rules could not be run");
-                        false
-                    }
-                };
-                hs.notifier().wake_room(&room);
-                if more {
-                    continue;
-                }
-                let mut rooms = lock(&hs.inner.push.rooms);
-                match rooms.get_mut(&room) {
-                    Some(more) if *more => *more = false,
-                    _ => {
-                        rooms.remove(&room);
-                        return;
-                    }
+            while !run.over {
+                let more = run.hs.count_next(&run.room).await;
+                let more = more.unwrap_or_else(|error| {
+                    tracing::warn!(room = %run.room, %error, "the push rules could not be run");
+                    false
+                });
+                run.hs.notifier().wake_room(&run.room);
+                if !more {
+                    run.end();
                 }
             }
         });

@@ -3,7 +3,7 @@
 //!
 //! The ids first, then only what is not stored: all at once when that is much, one by one from several
 //! servers when it is little. What is verified is committed in chunks, and what is committed is not fetched
-//! again after a crash (S-25).
+//! again after a crash (S-25). While the store takes one chunk the next is judged, and more is verified.
 //!
 //! The ids may be asked of two servers (O-46). When these do not agree, neither is believed: both states are
 //! fetched, and whoever needs the state resolves them, as if the room had forked there. So a server that
@@ -373,6 +373,9 @@ impl Fetch {
         out: &mut Outbox,
         now: Now,
     ) -> Option<Result<Fetched, Unfetched>> {
+        if matches!(input, Input::Woke) {
+            self.think_at = None;
+        }
         let input = match (self.writing.take(), input) {
             (
                 Some(Writing::Numbering(t, judged)),
@@ -648,7 +651,6 @@ impl Fetch {
         if !free || self.next.is_some() {
             return None;
         }
-        self.think_at = None;
         self.take_arrived();
         match self.is_idle() || self.waiting.len() >= self.flush_at {
             true => self.think(out, now),

@@ -182,7 +182,7 @@ impl Plan {
         let keys: Vec<KeyNid> = changes.iter().map(|(key, _, _)| *key).collect();
         let here: HashMap<EventNid, &Arc<Pdu>> =
             self.writes.events.iter().map(|e| (e.nid, &e.pdu)).collect();
-        // Where most change there are few, as when a room becomes full, or these are wanted.
+        // Where many change: a room that becomes full has few so far, and any other needs most of its own.
         let all = match changes.len() > MEMBERS_BATCH {
             true => Some(all_memberships(c, row.nid)?),
             false => None,

@@ -334,10 +334,10 @@ pub fn statuses_by_id(c: &mut dyn Conn, ids: &[EventId]) -> Result<BTreeMap<Even
     Ok(found)
 }
 
-const IN_TIMELINE: &str =
-    "SELECT nid FROM events WHERE place = 1 AND nid IN (SELECT value FROM rarray($1))";
+const IN_TIMELINE: &str = "SELECT nid FROM events
+    WHERE place = 1 AND partial < 2 AND nid IN (SELECT value FROM rarray($1))";
 
-/// Those of these events that are in a timeline.
+/// Those of these events that are in a timeline, and not given up.
 pub fn in_timeline(c: &mut dyn Conn, events: &[EventNid]) -> Result<HashSet<EventNid>> {
     let mut numbers = raw(events);
     numbers.sort_unstable();
