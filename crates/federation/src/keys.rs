@@ -389,9 +389,11 @@ impl KeyRing {
 
         let mut missing = self.missing(wanted, purpose);
         if purpose == Purpose::Events {
-            // Another one's question may be answered by what this one needs.
+            // Another one's question may be answered by what this one needs. A notary that hangs must not take
+            // the time in which the servers could be asked.
             let asked = join_all(self.questions_about(&missing));
-            let _ = tokio::time::timeout_at(until, asked).await;
+            let patience = until.min(Instant::now() + NOTARY_AFTER);
+            let _ = tokio::time::timeout_at(patience, asked).await;
             missing = self.missing(wanted, purpose);
         }
         let mut unvouched = false;
@@ -815,6 +817,9 @@ mod tests {
             Box::pin(async move {
                 // A round trip, so that two who ask at the same time can meet.
                 tokio::task::yield_now().await;
+                if to == "mute" {
+                    std::future::pending::<()>().await;
+                }
                 let so_far = self.asked.lock().unwrap().clone();
                 let shaky = so_far
                     .iter()
@@ -974,6 +979,23 @@ mod tests {
         all.extend(asked(&world));
         all.sort();
         assert_eq!(all, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_notary_that_hangs_does_not_keep_a_living_servers_keys_away() {
+        let (world, store) = (world(&["alive"], &["mute"]), Arc::default());
+        let ring = ring("us", &world, &store, &["mute"]);
+        let names = (0..500).map(|n| format!("dead{n}"));
+        let mut servers: Vec<_> = names.map(|server| name(&server)).collect();
+        servers.push(name("alive"));
+        ring.prefetch(servers);
+        while asked(&world).is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let deadline = Duration::from_secs(8);
+        let keys = ring.keys_for_events(&[want("alive", NOW)], deadline).await;
+        let key = keys.key(&name("alive"), "ed25519:1", NOW, RoomVersion::V6);
+        assert_eq!(key, Some(key_of("alive").verify_key()));
     }
 
     #[tokio::test(start_paused = true)]
