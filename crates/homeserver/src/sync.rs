@@ -129,7 +129,7 @@ pub async fn key_changes(homeserver: &Homeserver, reader: &Reader, from: &str) -
         use_state_after: false,
         now_ms: homeserver.clock().unix_ms(),
     };
-    let mut built = look_counted(homeserver, &Arc::new(ask)).await?;
+    let mut built = look(homeserver, &Arc::new(ask)).await?;
     let lists = built.body.remove("device_lists");
     Ok(lists.unwrap_or_else(|| json!({ "changed": [], "left": [] })))
 }
