@@ -950,8 +950,9 @@ impl Fetch {
                 let word = match self.words.get(membership) {
                     Some(word) => Arc::clone(word),
                     None => {
-                        self.words.insert(membership.into());
-                        membership.into()
+                        let word: Arc<str> = membership.into();
+                        self.words.insert(Arc::clone(&word));
+                        word
                     }
                 };
                 Arc::make_mut(&mut self.memberships).insert(*nid, word);
