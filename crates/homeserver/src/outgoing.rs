@@ -237,6 +237,7 @@ async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> sto
         .store()
         .read(move |c| queues::waiting(c, &asked, limit))
         .await?;
+    let all_there_is = waiting.len() < PDUS_MAX + EDUS_MAX;
     let batch = Batch::of(waiting);
     let passing: Vec<Value> = {
         let mut workers = lock(&hs.queues().workers);
@@ -260,7 +261,7 @@ async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> sto
         }
         Err(error) => {
             crate::metrics::transaction_sent("failed");
-            let pause = failed(hs, server, batch.is_empty()).await?;
+            let pause = failed(hs, server, batch.is_empty(), all_there_is).await?;
             tracing::info!(%server, ?error, pause_ms = pause.as_millis(), "a transaction did not arrive");
             Ok(Sent::Failed(pause))
         }
@@ -341,6 +342,7 @@ async fn failed(
     hs: &Homeserver,
     server: &ServerName,
     only_passing: bool,
+    all_there_is: bool,
 ) -> storage::Result<Duration> {
     let to = server.clone();
     let now = hs.clock().unix_ms();
@@ -359,7 +361,9 @@ async fn failed(
             state.interval_ms = Some(interval);
             state.retry_at_ms = Some(now + interval);
             queues::save_destination(c, &to, &state)?;
-            queues::trim(c, &to, KEEP_MAX)?;
+            if !all_there_is {
+                queues::trim(c, &to, KEEP_MAX)?;
+            }
             Ok(interval)
         })
         .await?;

@@ -1,15 +1,15 @@
 //! PostgreSQL: worker threads, each with a client and a runtime of its own.
 
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error as _;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
-use bytes::BytesMut;
-use crossbeam_channel::{Receiver, Sender, unbounded};
-use futures::{StreamExt, TryStreamExt, pin_mut};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::future::join;
+use futures::{SinkExt, StreamExt, TryStreamExt, pin_mut};
 use tokio::runtime::Runtime;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
@@ -27,8 +27,26 @@ const TRIES_MAX: u32 = 6;
 /// Statements on their way in one pipeline: bounds the memory of both ends.
 const PIPELINE_MAX: usize = 512;
 
-/// Rows that one INSERT takes where many are written: several times faster than one by one.
-const ROWS_AT_ONCE: usize = 64;
+/// From this many rows on they go in lists, a parameter for each column.
+const ROWS_IN_LISTS_MIN: usize = 4;
+
+/// Rows in the lists of one statement. Beyond, the database writes some while the next are put together.
+const ROWS_AT_ONCE: usize = 1000;
+
+/// Statements with lists on their way in one pipeline.
+const LISTS_MAX: usize = 2;
+
+/// From this many rows on, those that can not collide are copied in, which is faster still.
+const ROWS_COPIED_MIN: usize = 64;
+
+/// Bytes of copied rows that are sent in one piece.
+const COPY_BYTES: usize = 64 * 1024;
+
+/// When so many writes wait, one worker takes them into one transaction of its own.
+const GROUP_MIN: usize = 8;
+
+/// Writes of one transaction. PostgreSQL keeps track of 64 savepoints without effort.
+const GROUP_MAX: usize = 48;
 
 /// Prepared statements kept for each connection; more than this program has.
 const STATEMENTS_MAX: usize = 1024;
@@ -39,17 +57,16 @@ const CONNECTS_MAX: u32 = 5;
 /// Serialises the set-up of one database by several processes. Any number nobody else uses.
 const SETUP_LOCK: i64 = 0x5645_5354;
 
-const SETUP: &str = "
-    CREATE TABLE IF NOT EXISTS write_turn (nothing BIGINT);
-    CREATE OR REPLACE FUNCTION rarray(bigint[]) RETURNS TABLE (value bigint)
-        LANGUAGE sql IMMUTABLE PARALLEL SAFE ROWS 100 AS 'SELECT unnest($1)';
-    CREATE OR REPLACE FUNCTION rarray_text(text[]) RETURNS TABLE (value text)
-        LANGUAGE sql IMMUTABLE PARALLEL SAFE ROWS 100 AS 'SELECT unnest($1)';
-";
+const SETUP: &str = "CREATE TABLE IF NOT EXISTS write_turn (nothing BIGINT)";
 
 /// A plan that is kept may be one that was good while the tables were empty, as in the first join of a fresh
 /// server: with it that took a hundred times as long. Planning anew costs some tens of microseconds.
-const SESSION: &str = "SET plan_cache_mode = force_custom_plan; SET jit = off";
+///
+/// A table that is small is read as a whole by preference, and of a serializable transaction that has done so
+/// PostgreSQL thinks that it collides with whoever writes anything there. There is an index for all that is
+/// asked often.
+const SESSION: &str =
+    "SET plan_cache_mode = force_custom_plan; SET jit = off; SET enable_seqscan = off";
 
 const BEGIN_READ: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// Serializable, so that a function that reads and then writes is as right here as with SQLite's one writer.
@@ -59,10 +76,13 @@ const BEGIN_SHARED: &str =
 /// statement comes before the snapshot, so nothing can have changed behind it.
 const BEGIN_ALONE: &str =
     "BEGIN ISOLATION LEVEL SERIALIZABLE; LOCK TABLE write_turn IN EXCLUSIVE MODE";
+/// The same, unless a long write is under way: others would wait for that, too.
+const BEGIN_GROUP: &str = "BEGIN ISOLATION LEVEL SERIALIZABLE; SET LOCAL lock_timeout = '10ms';
+    LOCK TABLE write_turn IN EXCLUSIVE MODE; SET LOCAL lock_timeout TO DEFAULT";
 
 pub(crate) struct Postgres {
-    reads: Option<Sender<Box<dyn Job>>>,
-    writes: Option<Sender<Box<dyn Job>>>,
+    reads: Arc<Queue>,
+    writes: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -80,53 +100,43 @@ impl Postgres {
         };
         let mut first = Session::new(config.clone(), cached(false))?;
         first.set_up()?;
-        let (reads, read_queue) = unbounded();
-        let (writes, write_queue) = unbounded();
-        let mut threads = Vec::new();
+        let mut this = Self {
+            reads: Arc::default(),
+            writes: Arc::default(),
+            threads: Vec::new(),
+        };
         let mut first = Some(first);
         for _ in 0..writers.max(1) {
             let session = match first.take() {
                 Some(session) => session,
                 None => Session::new(config.clone(), cached(false))?,
             };
-            threads.push(spawn(
-                "postgres-writer",
-                session,
-                &write_queue,
-                Session::write,
-            )?);
+            let writer = spawn("postgres-writer", session, &this.writes, write_loop)?;
+            this.threads.push(writer);
         }
         for _ in 0..readers.max(1) {
             let session = Session::new(config.clone(), cached(true))?;
-            threads.push(spawn(
-                "postgres-reader",
-                session,
-                &read_queue,
-                Session::read,
-            )?);
+            let reader = spawn("postgres-reader", session, &this.reads, read_loop)?;
+            this.threads.push(reader);
         }
-        Ok(Self {
-            reads: Some(reads),
-            writes: Some(writes),
-            threads,
-        })
+        Ok(this)
     }
 }
 
 impl Engine for Postgres {
     fn submit_read(&self, job: Box<dyn Job>) {
-        send(self.reads.as_ref(), job);
+        self.reads.push(job);
     }
 
     fn submit_write(&self, job: Box<dyn Job>) {
-        send(self.writes.as_ref(), job);
+        self.writes.push(job);
     }
 }
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        self.reads = None;
-        self.writes = None;
+        self.reads.close();
+        self.writes.close();
         let here = std::thread::current().id();
         for thread in self.threads.drain(..) {
             // The last handle may have been dropped by a closure on one of these threads.
@@ -137,31 +147,120 @@ impl Drop for Postgres {
     }
 }
 
-fn send(queue: Option<&Sender<Box<dyn Job>>>, job: Box<dyn Job>) {
-    let Some(queue) = queue else {
-        return job.finish(Err(Error::Closed));
-    };
-    if let Err(refused) = queue.send(job) {
-        refused.into_inner().finish(Err(Error::Closed));
+fn spawn(
+    name: &str,
+    session: Session,
+    queue: &Arc<Queue>,
+    work: fn(Session, &Queue),
+) -> Result<JoinHandle<()>> {
+    let queue = Arc::clone(queue);
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || work(session, &queue))
+        .map_err(Error::engine)
+}
+
+/// What waits for a worker. Of several idle ones the last to become so is woken: its connection has the
+/// statements, and its process in the database has read the catalogues.
+#[derive(Default)]
+struct Queue(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Box<dyn Job>>,
+    idle: Vec<Thread>,
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, job: Box<dyn Job>) {
+        let mut waiting = self.lock();
+        waiting.jobs.push_back(job);
+        let woken = waiting.idle.pop();
+        drop(waiting);
+        if let Some(worker) = woken {
+            worker.unpark();
+        }
+    }
+
+    /// What is there still gets done.
+    fn close(&self) {
+        let mut waiting = self.lock();
+        waiting.closed = true;
+        for worker in waiting.idle.drain(..) {
+            worker.unpark();
+        }
+    }
+
+    /// What `take` takes of the jobs, which are some, as soon as there are any; `None` when there will be none.
+    fn wait<T>(&self, take: impl Fn(&mut VecDeque<Box<dyn Job>>) -> Option<T>) -> Option<T> {
+        let here = std::thread::current();
+        loop {
+            let mut waiting = self.lock();
+            // Whoever woke this worker has done so already; but it may also have woken by chance.
+            waiting.idle.retain(|worker| worker.id() != here.id());
+            if let Some(taken) = take(&mut waiting.jobs) {
+                return Some(taken);
+            }
+            if waiting.closed {
+                return None;
+            }
+            waiting.idle.push(here.clone());
+            drop(waiting);
+            std::thread::park();
+        }
+    }
+
+    fn try_one(&self) -> Option<Box<dyn Job>> {
+        self.lock().jobs.pop_front()
     }
 }
 
-fn spawn(
-    name: &str,
-    mut session: Session,
-    queue: &Receiver<Box<dyn Job>>,
-    work: fn(&mut Session, &mut dyn Job) -> Result<()>,
-) -> Result<JoinHandle<()>> {
-    let queue = queue.clone();
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            while let Ok(mut job) = queue.recv() {
-                let outcome = work(&mut session, job.as_mut());
-                job.finish(outcome);
+fn read_loop(mut session: Session, queue: &Queue) {
+    while let Some(first) = queue.wait(VecDeque::pop_front) {
+        let mut next = Some(first);
+        while let Some(mut job) = next {
+            let outcome = session.read(job.as_mut());
+            // The snapshot may go after that: nobody waits for it.
+            job.finish(outcome);
+            next = queue.try_one();
+            session.end_read(next.is_some());
+        }
+    }
+}
+
+fn write_loop(mut session: Session, queue: &Queue) {
+    let take = |jobs: &mut VecDeque<Box<dyn Job>>| -> Option<Vec<Box<dyn Job>>> {
+        let count = match jobs.len() {
+            0 => return None,
+            GROUP_MIN.. => jobs.len().min(GROUP_MAX),
+            _ => 1,
+        };
+        Some(jobs.drain(..count).collect())
+    };
+    while let Some(mut jobs) = queue.wait(take) {
+        let outcomes = match jobs.len() {
+            1 => None,
+            _ => session.write_group(&mut jobs),
+        };
+        match outcomes {
+            Some(outcomes) => {
+                for (job, outcome) in jobs.into_iter().zip(outcomes) {
+                    job.finish(outcome);
+                }
             }
-        })
-        .map_err(Error::engine)
+            None => {
+                for mut job in jobs {
+                    let outcome = session.write(job.as_mut());
+                    job.finish(outcome);
+                }
+            }
+        }
+    }
 }
 
 /// One worker's connection, made again when it is lost.
@@ -171,6 +270,10 @@ struct Session {
     runtime: Runtime,
     client: Option<Client>,
     statements: HashMap<Box<str>, Statement>,
+    /// Commands that go out together with the next statement.
+    ahead: String,
+    /// How long these are without the one that begins a transaction, while that is among them.
+    begins: Option<usize>,
 }
 
 impl Session {
@@ -185,6 +288,8 @@ impl Session {
             runtime,
             client: None,
             statements: HashMap::new(),
+            ahead: String::new(),
+            begins: None,
         })
     }
 
@@ -202,8 +307,7 @@ impl Session {
         if self.client.as_ref().is_some_and(|c| !c.is_closed()) {
             return Ok(());
         }
-        self.client = None;
-        self.statements.clear();
+        self.forget_connection();
         let mut failure = None;
         for attempt in 0..CONNECTS_MAX {
             if attempt > 0 {
@@ -237,10 +341,66 @@ impl Session {
             .map_err(translate)
     }
 
+    fn forget_connection(&mut self) {
+        self.client = None;
+        self.statements.clear();
+        self.ahead.clear();
+        self.begins = None;
+    }
+
+    fn is_lost(&self) -> bool {
+        self.client.as_ref().is_none_or(Client::is_closed)
+    }
+
+    /// Has commands sent before the next statement, in the same packet.
+    fn send_ahead(&mut self, commands: &str) {
+        if !self.ahead.is_empty() {
+            self.ahead.push_str("; ");
+        }
+        self.ahead.push_str(commands);
+    }
+
+    fn begin(&mut self, command: &str) {
+        let before = self.ahead.len();
+        self.send_ahead(command);
+        self.begins = Some(before);
+    }
+
+    /// Ends the transaction after what still waits to be sent, or lets it be when it has not begun.
+    fn end(&mut self, command: &str) -> Result<()> {
+        match self.begins.take() {
+            Some(before) => self.ahead.truncate(before),
+            None => self.send_ahead(command),
+        }
+        if self.ahead.is_empty() {
+            return Ok(());
+        }
+        let commands = std::mem::take(&mut self.ahead);
+        self.batch(&commands)
+    }
+
+    /// The commands to go out with this statement. A statement that writes does not leave before the
+    /// transaction it belongs to: if that did not begin, it would be one of its own.
+    fn take_ahead(&mut self, sql: &str) -> Result<String> {
+        let begins = self.begins.take().is_some();
+        let commands = std::mem::take(&mut self.ahead);
+        if begins && !sql.trim_start().starts_with("SELECT") {
+            self.batch(&commands)?;
+            return Ok(String::new());
+        }
+        Ok(commands)
+    }
+
+    fn conn(&mut self) -> PostgresConn<'_> {
+        PostgresConn {
+            session: self,
+            failed: false,
+        }
+    }
+
     fn read(&mut self, job: &mut dyn Job) -> Result<()> {
         let outcome = self.read_once(job);
-        let lost = self.client.as_ref().is_none_or(Client::is_closed);
-        if outcome.is_err() && lost {
+        if outcome.is_err() && self.is_lost() {
             return self.read_once(job);
         }
         outcome
@@ -248,13 +408,20 @@ impl Session {
 
     fn read_once(&mut self, job: &mut dyn Job) -> Result<()> {
         self.connect()?;
-        self.batch(BEGIN_READ)?;
-        let mut conn = PostgresConn {
-            session: self,
-            failed: false,
-        };
-        let outcome = run_caught(job, &mut conn);
-        outcome.and(self.batch("ROLLBACK"))
+        self.begin(BEGIN_READ);
+        run_caught(job, &mut self.conn())
+    }
+
+    /// Ends the snapshot of the last read, at once or together with the beginning of the next.
+    fn end_read(&mut self, more: bool) {
+        if self.is_lost() {
+            self.forget_connection();
+        } else if more && self.begins.is_none() {
+            self.send_ahead("ROLLBACK");
+        } else if let Err(error) = self.end("ROLLBACK") {
+            tracing::warn!(%error, "a snapshot did not end");
+            self.forget_connection();
+        }
     }
 
     fn write(&mut self, job: &mut dyn Job) -> Result<()> {
@@ -275,25 +442,65 @@ impl Session {
 
     fn write_once(&mut self, job: &mut dyn Job, alone: bool) -> Result<()> {
         self.connect()?;
-        self.batch(if alone { BEGIN_ALONE } else { BEGIN_SHARED })?;
-        let mut conn = PostgresConn {
-            session: self,
-            failed: false,
-        };
-        let outcome = match run_caught(job, &mut conn) {
+        self.begin(if alone { BEGIN_ALONE } else { BEGIN_SHARED });
+        match self.run_write(job) {
+            Ok(()) => self.end("COMMIT"),
+            Err(error) => {
+                if self.is_lost() {
+                    return Err(Error::Conflict(format!("connection lost: {error}")));
+                }
+                self.end("ROLLBACK")?;
+                Err(error)
+            }
+        }
+    }
+
+    fn run_write(&mut self, job: &mut dyn Job) -> Result<()> {
+        let mut conn = self.conn();
+        match run_caught(job, &mut conn) {
             // COMMIT of a failed transaction is a silent rollback.
             Ok(()) if conn.failed => Err(Error::engine("a function went on after an error")),
             outcome => outcome,
-        };
-        match outcome {
-            Ok(()) => self.batch("COMMIT"),
-            Err(error) => {
-                if self.client.as_ref().is_none_or(Client::is_closed) {
-                    return Err(Error::Conflict(format!("connection lost: {error}")));
-                }
-                self.batch("ROLLBACK")?;
-                Err(error)
+        }
+    }
+
+    /// Runs several writes in one transaction with nobody beside it, as SQLite has them, each in a savepoint
+    /// of its own: one commit for all, and none collides. `None` when nothing of that has come to pass.
+    fn write_group(&mut self, jobs: &mut [Box<dyn Job>]) -> Option<Vec<Result<()>>> {
+        self.connect().ok()?;
+        if self.batch(BEGIN_GROUP).is_err() {
+            self.give_up_group();
+            return None;
+        }
+        let mut outcomes = Vec::with_capacity(jobs.len());
+        for job in &mut *jobs {
+            self.send_ahead("SAVEPOINT job");
+            let outcome = self.run_write(job.as_mut());
+            if self.is_lost() || matches!(outcome, Err(Error::Conflict(_))) {
+                self.give_up_group();
+                return None;
             }
+            self.send_ahead(match outcome {
+                Ok(()) => "RELEASE SAVEPOINT job",
+                Err(_) => "ROLLBACK TO SAVEPOINT job; RELEASE SAVEPOINT job",
+            });
+            outcomes.push(outcome);
+        }
+        match self.end("COMMIT") {
+            Ok(()) => Some(outcomes),
+            Err(Error::Conflict(_)) => None,
+            Err(error) => {
+                let reason = error.to_string();
+                let failed = |outcome: Result<()>| outcome.and(Err(Error::engine(reason.clone())));
+                Some(outcomes.into_iter().map(failed).collect())
+            }
+        }
+    }
+
+    fn give_up_group(&mut self) {
+        self.ahead.clear();
+        if self.is_lost() || self.end("ROLLBACK").is_err() {
+            self.forget_connection();
         }
     }
 }
@@ -309,19 +516,61 @@ impl PostgresConn<'_> {
         if let Some(statement) = self.session.statements.get(sql) {
             return Ok(statement.clone());
         }
-        let statement = self
-            .session
+        self.prepare_as(sql, &dialect(sql))
+    }
+
+    /// Prepares what `sql` is called here. Nothing is executed by that, so what begins a transaction may go
+    /// along.
+    fn prepare_as(&mut self, sql: &str, here: &str) -> Result<Statement> {
+        let commands = std::mem::take(&mut self.session.ahead);
+        self.session.begins = None;
+        let session = &mut *self.session;
+        let client = session.client()?;
+        let statement = session
             .runtime
-            .block_on(self.session.client()?.prepare(sql))
+            .block_on(after(client, &commands, client.prepare(here)))
             .map_err(translate)?;
-        if self.session.statements.len() >= STATEMENTS_MAX {
-            self.session.statements.clear();
+        if session.statements.len() >= STATEMENTS_MAX {
+            session.statements.clear();
         }
-        self.session
-            .statements
-            .insert(sql.into(), statement.clone());
+        session.statements.insert(sql.into(), statement.clone());
         Ok(statement)
     }
+}
+
+/// Sends commands and what comes after them in one go.
+async fn after<T>(
+    client: &Client,
+    commands: &str,
+    then: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
+) -> std::result::Result<T, tokio_postgres::Error> {
+    if commands.is_empty() {
+        return then.await;
+    }
+    // Each is sent when it is polled for the first time, in this order.
+    let (began, then) = join(client.batch_execute(commands), then).await;
+    began?;
+    then
+}
+
+/// A statement in PostgreSQL's words: a list is an array here.
+fn dialect(sql: &str) -> String {
+    const LIST: &str = "IN (SELECT value FROM rarray";
+    let mut here = String::with_capacity(sql.len());
+    let mut rest = sql;
+    while let Some((before, list)) = rest.split_once(LIST) {
+        let list = list.strip_prefix("_text").unwrap_or(list);
+        let Some((parameter, after)) = list.split_once("))") else {
+            break;
+        };
+        match before.strip_suffix("NOT ") {
+            Some(before) => here.extend([before, "<> ALL", parameter, ")"]),
+            None => here.extend([before, "= ANY", parameter, ")"]),
+        }
+        rest = after;
+    }
+    here.push_str(rest);
+    here
 }
 
 impl Conn for PostgresConn<'_> {
@@ -367,103 +616,222 @@ impl PostgresConn<'_> {
         each: &mut dyn FnMut(&dyn Row) -> Result<()>,
     ) -> Result<()> {
         let statement = self.statement(sql)?;
+        let commands = self.session.take_ahead(sql)?;
         let values: Vec<Bound<'_>> = params.iter().map(|p| Bound(p.value())).collect();
         let client = self.session.client()?;
         let wanted = statement.params().len().min(values.len());
-        let rows = self
-            .session
-            .runtime
-            .block_on(client.query_raw(&statement, &values[..wanted]))
-            .map_err(translate)?;
-        pin_mut!(rows);
-        while let Some(row) = self
-            .session
-            .runtime
-            .block_on(rows.try_next())
-            .map_err(translate)?
-        {
-            each(&PostgresRow {
-                decoded: (0..row.len()).map(|_| OnceCell::new()).collect(),
-                row: &row,
-            })?;
-        }
-        Ok(())
+        self.session.runtime.block_on(async {
+            let asked = client.query_raw(&statement, &values[..wanted]);
+            let rows = after(client, &commands, asked).await.map_err(translate)?;
+            pin_mut!(rows);
+            while let Some(row) = rows.try_next().await.map_err(translate)? {
+                each(&PostgresRow {
+                    row: &row,
+                    decoded: OnceCell::new(),
+                })?;
+            }
+            Ok(())
+        })
     }
 
     fn run_execute(&mut self, sql: &str, params: &[&dyn Param]) -> Result<u64> {
         let statement = self.statement(sql)?;
+        let commands = self.session.take_ahead(sql)?;
         let values: Vec<Bound<'_>> = params.iter().map(|p| Bound(p.value())).collect();
+        let client = self.session.client()?;
         let wanted = statement.params().len().min(values.len());
+        let execution = client.execute_raw(&statement, &values[..wanted]);
         self.session
             .runtime
-            .block_on(
-                self.session
-                    .client()?
-                    .execute_raw(&statement, &values[..wanted]),
-            )
+            .block_on(after(client, &commands, execution))
             .map_err(translate)
     }
 
     fn run_execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64> {
-        let (mut changed, mut left) = (0, rows);
-        if rows.len() >= ROWS_AT_ONCE
-            && let Some(many) = many_rows(sql, ROWS_AT_ONCE)
-        {
-            let whole = rows.len() / ROWS_AT_ONCE * ROWS_AT_ONCE;
-            let statement = self.statement(&many)?;
-            let (together, rest) = rows.split_at(whole);
-            let values = together.chunks(ROWS_AT_ONCE).map(<[_]>::concat);
-            changed = self.pipeline(&statement, values)?;
-            left = rest;
-        }
-        if left.is_empty() {
-            return Ok(changed);
-        }
         let statement = self.statement(sql)?;
-        Ok(changed + self.pipeline(&statement, left.iter().cloned())?)
+        let commands = self.session.take_ahead(sql)?;
+        if !commands.is_empty() {
+            self.session.batch(&commands)?;
+        }
+        let insert = match rows.len() >= ROWS_IN_LISTS_MIN {
+            true => Insert::parse(sql),
+            false => None,
+        };
+        match insert {
+            Some(insert) if insert.collides_never() && rows.len() >= ROWS_COPIED_MIN => {
+                let name = insert.copy();
+                let copy = match self.session.statements.get(&*name) {
+                    Some(copy) => copy.clone(),
+                    None => self.prepare_as(&name, &name)?,
+                };
+                self.copy_in(&copy, statement.params(), rows)
+            }
+            Some(insert) if insert.takes_together(rows) => {
+                let name = insert.with_lists(statement.params());
+                let from_lists = match self.session.statements.get(&*name) {
+                    Some(from_lists) => from_lists.clone(),
+                    None => self.prepare_as(&name, &name)?,
+                };
+                let width = statement.params().len();
+                let lists = rows
+                    .chunks(ROWS_AT_ONCE)
+                    .map(|rows| (0..width).map(|n| column(rows, n)).collect());
+                self.pipeline::<Vec<Bound<'_>>>(&from_lists, lists, LISTS_MAX)
+            }
+            _ => {
+                let rows = rows
+                    .iter()
+                    .map(|row| row.iter().copied().map(Bound).collect());
+                self.pipeline::<Bound<'_>>(&statement, rows, PIPELINE_MAX)
+            }
+        }
     }
 
-    fn pipeline<'v>(
+    fn pipeline<P: ToSql>(
         &self,
         statement: &Statement,
-        rows: impl Iterator<Item = Vec<Value<'v>>>,
+        rows: impl Iterator<Item = Vec<P>>,
+        at_once: usize,
     ) -> Result<u64> {
         let client = self.session.client()?;
         let pipeline = futures::stream::iter(rows)
-            .map(|row| {
-                let values: Vec<Bound<'_>> = row.into_iter().map(Bound).collect();
-                async move { client.execute_raw(statement, values).await }
-            })
-            .buffered(PIPELINE_MAX)
+            .map(|row| client.execute_raw(statement, row))
+            .buffered(at_once)
             .try_fold(0, |sum, changed| async move { Ok(sum + changed) });
         self.session.runtime.block_on(pipeline).map_err(translate)
     }
+
+    fn copy_in(&self, copy: &Statement, types: &[Type], rows: &[Vec<Value<'_>>]) -> Result<u64> {
+        let client = self.session.client()?;
+        self.session.runtime.block_on(async {
+            let sink = client.copy_in::<_, Bytes>(copy).await.map_err(translate)?;
+            pin_mut!(sink);
+            let mut piece = BytesMut::with_capacity(2 * COPY_BYTES);
+            piece.put_slice(COPY_HEADER);
+            for row in rows {
+                copy_row(row, types, &mut piece).map_err(Error::Engine)?;
+                if piece.len() >= COPY_BYTES {
+                    let full = piece.split().freeze();
+                    sink.send(full).await.map_err(translate)?;
+                    piece.reserve(2 * COPY_BYTES);
+                }
+            }
+            piece.put_i16(-1);
+            sink.send(piece.freeze()).await.map_err(translate)?;
+            sink.finish().await.map_err(translate)
+        })
+    }
 }
 
-/// An INSERT of one row as an INSERT of `count` rows, whose parameters follow one another. `None` for other
-/// statements, and for upserts: those refuse to touch a row twice in one statement.
-fn many_rows(sql: &str, count: usize) -> Option<String> {
-    let (head, rest) = sql.split_once("VALUES (")?;
-    let (tuple, tail) = rest.split_once(')')?;
-    let plain = head.trim_start().starts_with("INSERT") && !tuple.contains('(');
-    if !plain || tail.contains('$') || tail.contains("DO UPDATE") {
-        return None;
+/// A signature, no flags, no extension: <https://www.postgresql.org/docs/current/sql-copy.html>
+const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+
+/// One row in the binary format of COPY.
+fn copy_row(
+    row: &[Value<'_>],
+    types: &[Type],
+    out: &mut BytesMut,
+) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    out.put_i16(i16::try_from(types.len())?);
+    for (value, ty) in row.iter().zip(types) {
+        let at = out.len();
+        out.put_i32(-1);
+        if let IsNull::No = Bound(*value).to_sql(ty, out)? {
+            let length = i32::try_from(out.len() - at - 4)?;
+            out[at..at + 4].copy_from_slice(&length.to_be_bytes());
+        }
     }
-    let width = tuple.split(',').count();
-    // Only `$1, $2, …` in this order: then the rows' values just follow one another.
-    let ordered = (1..)
-        .zip(tuple.split(','))
-        .all(|(n, part)| part.trim() == format!("${n}"));
-    if !ordered {
-        return None;
-    }
-    let tuples: Vec<String> = (0..count)
-        .map(|row| {
-            let numbers = (1..=width).map(|n| format!("${}", row * width + n));
-            format!("({})", numbers.collect::<Vec<_>>().join(", "))
+    Ok(())
+}
+
+/// An INSERT of one row, whose parameters are `$1, $2, …` in this order.
+struct Insert<'s> {
+    /// All before `VALUES`.
+    head: &'s str,
+    width: usize,
+    /// All after the row.
+    tail: &'s str,
+}
+
+impl<'s> Insert<'s> {
+    fn parse(sql: &'s str) -> Option<Self> {
+        let (head, rest) = sql.split_once("VALUES (")?;
+        let (tuple, tail) = rest.split_once(')')?;
+        let ordered = (1..)
+            .zip(tuple.split(','))
+            .all(|(n, part)| part.trim() == format!("${n}"));
+        let plain = head.trim_start().starts_with("INSERT INTO ") && head.contains('(');
+        (plain && ordered && !tail.contains('$')).then_some(Self {
+            head,
+            width: tuple.split(',').count(),
+            tail,
         })
-        .collect();
-    Some(format!("{head}VALUES {}{tail}", tuples.join(", ")))
+    }
+
+    fn collides_never(&self) -> bool {
+        self.tail.trim().is_empty()
+    }
+
+    /// Whether one statement may take these rows: an upsert refuses to touch a row twice.
+    fn takes_together(&self, rows: &[Vec<Value<'_>>]) -> bool {
+        if !self.tail.contains("DO UPDATE") {
+            return true;
+        }
+        let key = self.tail.split_once("ON CONFLICT (");
+        let Some((key, _)) = key.and_then(|(_, rest)| rest.split_once(')')) else {
+            return false;
+        };
+        let columns = self.head.split_once('(');
+        let Some((columns, _)) = columns.and_then(|(_, rest)| rest.split_once(')')) else {
+            return false;
+        };
+        let places: Option<Vec<usize>> = key
+            .split(',')
+            .map(|name| columns.split(',').position(|c| c.trim() == name.trim()))
+            .collect();
+        let Some(places) = places else {
+            return false;
+        };
+        let mut seen = HashSet::new();
+        rows.iter().all(|row| {
+            let key = places.iter().map(|place| key_part(row[*place]));
+            key.collect::<Option<Vec<_>>>()
+                .is_some_and(|key| seen.insert(key))
+        })
+    }
+
+    /// The same for a list of each column.
+    fn with_lists(&self, types: &[Type]) -> String {
+        let lists: Vec<String> = (1..=self.width)
+            .zip(types)
+            .map(|(n, ty)| format!("CAST(${n} AS {}[])", ty.name()))
+            .collect();
+        format!(
+            "{}SELECT * FROM unnest({}) AS rows{}",
+            self.head,
+            lists.join(", "),
+            self.tail
+        )
+    }
+
+    fn copy(&self) -> String {
+        let table = self.head.trim_start().trim_start_matches("INSERT INTO");
+        format!("COPY{table}FROM STDIN (FORMAT binary)")
+    }
+}
+
+fn column<'v>(rows: &[Vec<Value<'v>>], n: usize) -> Vec<Bound<'v>> {
+    rows.iter().map(|row| Bound(row[n])).collect()
+}
+
+/// A part of a key as something to compare.
+fn key_part(value: Value<'_>) -> Option<(i64, &[u8])> {
+    match value {
+        Value::Int(n) => Some((n, &[])),
+        Value::Text(text) => Some((0, text.as_bytes())),
+        Value::Blob(bytes) => Some((0, bytes)),
+        Value::Null | Value::Ints(_) | Value::Texts(_) => None,
+    }
 }
 
 #[derive(Debug)]
@@ -514,7 +882,8 @@ impl ToSql for Bound<'_> {
 const ESCAPE: char = '\u{10FFFF}';
 
 fn encode_nul(text: &str) -> std::borrow::Cow<'_, str> {
-    if !text.contains(['\0', ESCAPE]) {
+    // One after the other: a search for one character goes through many bytes at a time.
+    if !text.contains('\0') && !text.contains(ESCAPE) {
         return text.into();
     }
     let mut encoded = String::with_capacity(text.len() + 8);
@@ -542,7 +911,8 @@ fn decode_nul(text: &str) -> String {
 
 struct PostgresRow<'r> {
     row: &'r tokio_postgres::Row,
-    decoded: Box<[OnceCell<String>]>,
+    /// The texts that had to be decoded, by column.
+    decoded: OnceCell<Box<[OnceCell<String>]>>,
 }
 
 impl PostgresRow<'_> {
@@ -587,7 +957,10 @@ impl Row for PostgresRow<'_> {
             .map_err(translate)?;
         Ok(text.map(|text| {
             if text.contains(ESCAPE) {
-                self.decoded[column].get_or_init(|| decode_nul(text))
+                let decoded = self
+                    .decoded
+                    .get_or_init(|| (0..self.row.len()).map(|_| OnceCell::new()).collect());
+                decoded[column].get_or_init(|| decode_nul(text))
             } else {
                 text
             }
@@ -622,27 +995,52 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inserts_of_one_row_become_inserts_of_many() {
-        let nothing = "ON CONFLICT (a) DO NOTHING";
+    fn inserts_of_one_row_take_lists() {
+        let tail = " ON CONFLICT (a) DO NOTHING";
+        let sql = format!("INSERT INTO t (a, b) VALUES ($1, $2){tail}");
+        let insert = Insert::parse(&sql).unwrap();
+        let lists = "CAST($1 AS int8[]), CAST($2 AS text[])";
         assert_eq!(
-            many_rows(
-                &format!("INSERT INTO t (a, b) VALUES ($1, $2) {nothing}"),
-                2
-            ),
-            Some(format!(
-                "INSERT INTO t (a, b) VALUES ($1, $2), ($3, $4) {nothing}"
-            ))
+            insert.with_lists(&[Type::INT8, Type::TEXT]),
+            format!("INSERT INTO t (a, b) SELECT * FROM unnest({lists}) AS rows{tail}")
+        );
+        assert!(!insert.collides_never());
+        let plain = Insert::parse("INSERT INTO t\n    (a, b) VALUES ($1, $2)").unwrap();
+        assert!(plain.collides_never());
+        assert_eq!(
+            plain.copy(),
+            "COPY t\n    (a, b) FROM STDIN (FORMAT binary)"
         );
         for other in [
             "UPDATE t SET a = $1",
             "INSERT INTO t (a, b) VALUES ($2, $1)",
             "INSERT INTO t (a, b) VALUES ($1, NULL)",
             "INSERT INTO t (a) VALUES (LOWER($1))",
-            "INSERT INTO t (a) VALUES ($1) ON CONFLICT (a) DO UPDATE SET b = 1",
+            "INSERT INTO t (a) VALUES ($1) ON CONFLICT (a) DO UPDATE SET b = $1",
             "INSERT INTO t (a) SELECT b FROM u WHERE c = $1",
         ] {
-            assert_eq!(many_rows(other, 2), None, "{other}");
+            assert!(Insert::parse(other).is_none(), "{other}");
         }
+    }
+
+    #[test]
+    fn an_upsert_takes_a_row_once() {
+        let sql = "INSERT INTO t (a, b, c) VALUES ($1, $2, $3)
+            ON CONFLICT (c, a) DO UPDATE SET b = excluded.b";
+        let upsert = Insert::parse(sql).unwrap();
+        let row = |a: i64, b: i64, c: &'static str| vec![a.into(), b.into(), Value::Text(c)];
+        assert!(upsert.takes_together(&[row(1, 5, "x"), row(2, 5, "x"), row(1, 5, "y")]));
+        assert!(!upsert.takes_together(&[row(1, 5, "x"), row(2, 5, "x"), row(1, 6, "x")]));
+    }
+
+    #[test]
+    fn lists_become_arrays() {
+        let sql =
+            "SELECT a FROM t WHERE a IN (SELECT value FROM rarray($1)) AND b NOT IN (SELECT value
+            FROM u) AND c NOT IN (SELECT value FROM rarray_text($12)) LIMIT $2";
+        let here = "SELECT a FROM t WHERE a = ANY($1) AND b NOT IN (SELECT value
+            FROM u) AND c <> ALL($12) LIMIT $2";
+        assert_eq!(dialect(sql), here);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::room_version::RoomVersion;
 
-use crate::driver::{Conn, Error, Result, Row, Value};
+use crate::driver::{Conn, Error, Result, Row, Value, texts};
 
 // -- incoming -------------------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ pub struct ServerKey {
 }
 
 const KEYS: &str = "SELECT server, key_id, public_key, valid_until_ms, old, fetched_ms, response
-    FROM server_keys WHERE server = $1 ORDER BY key_id";
+    FROM server_keys WHERE server IN (SELECT value FROM rarray_text($1))";
 const SAVE_KEY: &str = "INSERT INTO server_keys
         (server, key_id, public_key, valid_until_ms, old, fetched_ms, response)
     VALUES ($1, $2, $3, $4, $5, $6, $7)
@@ -322,21 +322,17 @@ const SAVE_KEY: &str = "INSERT INTO server_keys
         fetched_ms = excluded.fetched_ms, response = excluded.response";
 
 pub fn server_keys(c: &mut dyn Conn, servers: &[ServerName]) -> Result<Vec<ServerKey>> {
-    let mut keys = Vec::new();
-    for server in servers {
-        keys.extend(c.query_all(KEYS, &[server], |row| {
-            Ok(ServerKey {
-                server: row.id(0)?,
-                key_id: row.string(1)?,
-                public_key: row.string(2)?,
-                valid_until_ms: row.int(3)?,
-                old: row.int(4)? != 0,
-                fetched_ms: row.int(5)?,
-                response: row.string(6)?,
-            })
-        })?);
-    }
-    Ok(keys)
+    c.query_all(KEYS, &[&texts(&servers.to_vec())], |row| {
+        Ok(ServerKey {
+            server: row.id(0)?,
+            key_id: row.string(1)?,
+            public_key: row.string(2)?,
+            valid_until_ms: row.int(3)?,
+            old: row.flag(4)?,
+            fetched_ms: row.int(5)?,
+            response: row.string(6)?,
+        })
+    })
 }
 
 pub fn save_server_keys(c: &mut dyn Conn, keys: &[ServerKey]) -> Result<()> {

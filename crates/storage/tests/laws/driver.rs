@@ -124,6 +124,63 @@ pub async fn colliding_writes_add_up(database: &Database) {
     assert_eq!(last, "40");
 }
 
+/// Engines take several waiting writes into one commit; each still stands or falls by itself.
+pub async fn many_writes_at_once_fail_one_by_one(database: &Database) {
+    let store = scratch(database).await;
+    let tasks: Vec<_> = (0..300_i64)
+        .map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let outcome: Result<()> = store
+                    .write(move |c| {
+                        if n % 10 == 4 {
+                            // Nothing at all is one of the things that a write may do.
+                            return Ok(());
+                        }
+                        c.execute(INSERT, &[&n, &"mine"])?;
+                        match n % 10 {
+                            1 => Err(Error::Refused("no".to_owned())),
+                            2 => c.execute(INSERT, &[&n, &"again"]).map(drop),
+                            3 => panic!("on purpose"),
+                            _ => Ok(()),
+                        }
+                    })
+                    .await;
+                match n % 10 {
+                    1 => assert!(matches!(outcome, Err(Error::Refused(_))), "{outcome:?}"),
+                    2 => assert!(matches!(outcome, Err(Error::Constraint(_))), "{outcome:?}"),
+                    3 => assert!(matches!(outcome, Err(Error::Panicked(_))), "{outcome:?}"),
+                    _ => outcome.unwrap(),
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let kept = store
+        .read(|c| c.query_all("SELECT a FROM scratch ORDER BY a", &[], |row| row.int(0)))
+        .await
+        .unwrap();
+    let expected: Vec<i64> = (0..300).filter(|n| !(1..=4).contains(&(n % 10))).collect();
+    assert_eq!(kept, expected);
+}
+
+pub async fn a_read_that_asks_nothing_leaves_no_snapshot_behind(database: &Database) {
+    let store = scratch(database).await;
+    for n in 0..50_i64 {
+        let asked = store.read(count);
+        let silent = store.read(|_| Ok(()));
+        let (asked, silent) = tokio::join!(asked, silent);
+        silent.unwrap();
+        assert_eq!(asked.unwrap(), n);
+        store
+            .write(move |c| c.execute(INSERT, &[&n, &"one"]))
+            .await
+            .unwrap();
+    }
+}
+
 pub async fn lists_are_parameters(database: &Database) {
     let store = scratch(database).await;
     let found = store
@@ -168,6 +225,44 @@ pub async fn many_rows_are_written_at_once(database: &Database) {
         .await
         .unwrap();
     assert_eq!(last, "name 2999");
+}
+
+pub async fn many_rows_may_be_there_already(database: &Database) {
+    let store = scratch(database).await;
+    const KEEP: &str = "INSERT INTO scratch (a, b) VALUES ($1, $2) ON CONFLICT (a) DO NOTHING";
+    const REPLACE: &str = "INSERT INTO scratch (a, b) VALUES ($1, $2)
+        ON CONFLICT (a) DO UPDATE SET b = excluded.b";
+    for count in [5_i64, 100, 3000] {
+        let (kept, replaced, found) = store
+            .write(move |c| {
+                c.execute("DELETE FROM scratch", &[])?;
+                let twice = (0..count).chain(0..count);
+                let all: Vec<_> = twice.map(|n| row![n, "first"]).collect();
+                let kept = c.execute_many(KEEP, &all)?;
+                let some: Vec<_> = (0..count * 2)
+                    .map(|n| row![n, (n % 2 == 0).then_some("second")])
+                    .collect();
+                c.execute_many(KEEP, &some)?;
+                let again: Vec<_> = [1, 2, 3, 1].map(|n| row![n, "third"]).into();
+                let replaced = c.execute_many(REPLACE, &again)?;
+                let sql = "SELECT b FROM scratch ORDER BY a";
+                let found = c.query_all(sql, &[], |row| row.opt_string(0))?;
+                Ok((kept, replaced, found))
+            })
+            .await
+            .unwrap();
+        assert_eq!((kept, replaced), (u64::try_from(count).unwrap(), 4));
+        let expected: Vec<Option<&str>> = (0..count * 2)
+            .map(|n| match n {
+                1..=3 => Some("third"),
+                n if n < count => Some("first"),
+                n if n % 2 == 0 => Some("second"),
+                _ => None,
+            })
+            .collect();
+        let found: Vec<Option<&str>> = found.iter().map(Option::as_deref).collect();
+        assert_eq!(found, expected);
+    }
 }
 
 pub async fn numbers_are_never_given_twice(database: &Database) {
