@@ -24,10 +24,10 @@ impl Homeserver {
             Ok(applied) => applied,
             Err(stale) => return Ok(Err(stale)),
         };
-        for server in &applied.destinations {
-            self.notifier().wake(&Topic::Destination(server.clone()));
+        self.outgoing().start(&applied.destinations);
+        if applied.fans_out {
+            self.outgoing().spread();
         }
-        self.outgoing().start(self, &applied.destinations);
         for (user, _) in &applied.out_of_band {
             self.notifier().wake_user(user);
         }

@@ -6,6 +6,7 @@ use protocol::id::{RoomId, ServerName, UserId};
 use protocol::state::StateMap;
 use room::effect::{Head, PartialMarker};
 use room::write::{PartialChange, WriteSet};
+use storage::queues::Queued;
 use storage::{events, queues, rooms, states};
 
 use crate::Homeserver;
@@ -59,22 +60,24 @@ impl Homeserver {
     ) -> Result<()> {
         let (room, join) = (room.clone(), marker.join_event.clone());
         let (own, servers) = (self.config().server_name.clone(), missed.clone());
-        let told = self
+        let queued = self
             .store()
             .write(move |c| {
                 let Some(row) = rooms::by_id(c, &room)? else {
-                    return Ok(false);
+                    return Ok(None);
                 };
                 match events::newest_of_server(c, row.nid, &own)? {
                     // Whoever told them of the room told them of our join.
-                    Some((_, id)) if id == join => Ok(false),
-                    Some((nid, _)) => queues::enqueue_event(c, nid, &servers).map(|()| true),
-                    None => Ok(false),
+                    Some((_, id)) if id == join => Ok(None),
+                    Some((nid, _)) => queues::enqueue_event(c, nid, &servers).map(Some),
+                    None => Ok(None),
                 }
             })
             .await?;
-        if told {
-            self.outgoing().start(self, &missed);
+        match queued {
+            Some(Queued::Waiting) => self.outgoing().start(&missed),
+            Some(Queued::ToBeSpread) => self.outgoing().spread(),
+            None => {}
         }
         Ok(())
     }

@@ -95,7 +95,7 @@ fn update(
 impl Homeserver {
     /// Wakes those whom a recorded change concerns.
     pub(crate) fn tell_device_lists(&self, user: &UserId, audience: &Audience) {
-        self.outgoing().start(self, &audience.servers);
+        self.outgoing().start(&audience.servers);
         self.notifier().wake_user(user);
         for other in &audience.users {
             self.notifier().wake_user(other);
@@ -131,7 +131,7 @@ impl Homeserver {
                 Ok(())
             })
             .await?;
-        self.outgoing().start(self, &servers);
+        self.outgoing().start(&servers);
         Ok(())
     }
 

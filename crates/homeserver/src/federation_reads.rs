@@ -18,7 +18,7 @@ use room::effect::Place;
 use serde_json::{Map, Value, json};
 use storage::events::{self, Standing, Status};
 use storage::federation_reads::{self as reads, Asker};
-use storage::{Conn, Store, states, timeline};
+use storage::{Conn, Store, state_log, states, timeline};
 
 use crate::Homeserver;
 use crate::error::{MatrixError, Result};
@@ -108,7 +108,7 @@ impl FederationReads<'_> {
         &self,
         room: &RoomId,
         event: &EventId,
-    ) -> Result<(Vec<EventNid>, Vec<EventNid>)> {
+    ) -> Result<(RoomNid, Vec<EventNid>, Vec<EventNid>)> {
         let asker = self.member_of(room).await?;
         if asker.partial {
             return Err(still_partial());
@@ -127,8 +127,8 @@ impl FederationReads<'_> {
                     return Ok(None);
                 };
                 let state: Vec<EventNid> = before.iter().map(|(_, nid)| nid).collect();
-                let chain = events::auth_chain(c, &state)?;
-                Ok(Some((state, chain.into_iter().collect())))
+                let chain = state_log::auth_chain(c, room, &state)?;
+                Ok(Some((room, state, chain)))
             })
             .await?
             .ok_or_else(unknown_event)
@@ -136,14 +136,14 @@ impl FederationReads<'_> {
 
     /// `GET /state_ids/{roomId}`: the answer's body.
     pub async fn state_ids(&self, room: &RoomId, event: &EventId) -> Result<String> {
-        let (state, chain) = self.state_before(room, event).await?;
+        let (room, state, chain) = self.state_before(room, event).await?;
         let store = self.hs.store();
         let body = store.read(move |c| {
             let mut body = String::with_capacity((state.len() + chain.len() + 1) * ID_JSON_BYTES);
             body.push_str("{\"pdu_ids\":[");
-            events::write_ids(c, &state, &mut body)?;
+            state_log::write_ids(c, room, &state, &mut body)?;
             body.push_str("],\"auth_chain_ids\":[");
-            events::write_ids(c, &chain, &mut body)?;
+            state_log::write_ids(c, room, &chain, &mut body)?;
             body.push_str("]}");
             Ok(body)
         });
@@ -153,7 +153,7 @@ impl FederationReads<'_> {
     /// `GET /state/{roomId}`, the auth chain first, so that whoever reads along has what it needs to judge an
     /// event when it comes, and need not keep it.
     pub async fn state(&self, room: &RoomId, event: &EventId) -> Result<EventStream> {
-        let (state, chain) = self.state_before(room, event).await?;
+        let (_, state, chain) = self.state_before(room, event).await?;
         Ok(EventStream::new(self.hs.store().clone())
             .text("{\"auth_chain\":[")
             .events(chain)
@@ -221,8 +221,8 @@ impl FederationReads<'_> {
                 if status.standing == Standing::Rejected {
                     return Ok(Err(unknown_event()));
                 }
-                let chain = events::auth_chain(c, &[status.nid])?;
-                Ok(Ok(chain.into_iter().collect::<Vec<_>>()))
+                let chain = state_log::auth_chain(c, room, &[status.nid])?;
+                Ok(Ok(chain))
             })
             .await??;
         Ok(EventStream::new(self.hs.store().clone())

@@ -30,12 +30,27 @@ const PAUSE_STRANGER_MS: i64 = 10_000;
 const PAUSE_MAX_MS: i64 = 3_600_000;
 /// At a start, servers that did not answer before are tried again over so long at least, and not all at once.
 const RESUMED_WITHIN_MS: i64 = 30_000;
+/// Destinations that begin with what they are sent, however many there are.
+const BEGIN_NOW_MAX: usize = 64;
+/// Of more, so many begin at once, and the pause behind them: two thousand a second.
+const BEGIN_AT_ONCE: usize = 4;
+const BEGIN_PAUSE: Duration = Duration::from_millis(2);
+/// The store did not take it.
+const SPREAD_AGAIN: Duration = Duration::from_secs(1);
 /// A worker with nothing to do ends after this.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Default)]
 pub struct Queues {
     workers: Arc<Mutex<HashMap<ServerName, VecDeque<Value>>>>,
+    spread: Arc<Mutex<Spread>>,
+}
+
+/// Whether events are being spread, and whether more came meanwhile.
+#[derive(Default)]
+struct Spread {
+    running: bool,
+    again: bool,
 }
 
 /// The outgoing queues of one homeserver.
@@ -93,7 +108,7 @@ impl Outgoing<'_> {
             .store()
             .write(move |c| queues::enqueue_edu(c, &edu, &to))
             .await?;
-        self.start(self.hs, &servers);
+        self.start(&servers);
         Ok(())
     }
 
@@ -106,25 +121,59 @@ impl Outgoing<'_> {
             .collect()
     }
 
-    /// Makes sure that these destinations have a worker, and wakes it.
-    pub(crate) fn start(&self, hs: &Homeserver, servers: &[ServerName]) {
+    /// Makes sure that these destinations have a worker, and wakes it. Of many, most of them some time later.
+    pub(crate) fn start(&self, servers: &[ServerName]) {
+        let (now, later) = servers.split_at(servers.len().min(BEGIN_NOW_MAX));
+        for server in now {
+            self.start_one(server);
+        }
+        if !later.is_empty() {
+            let (hs, later) = (self.hs.clone(), later.to_vec());
+            self.hs.spawn_until_stop("outgoing_start", async move {
+                hs.outgoing().start_slowly(&later).await;
+            });
+        }
+    }
+
+    /// Some at a time: thousands that begin at once keep everybody else from the processor and the store.
+    async fn start_slowly(&self, servers: &[ServerName]) {
+        let mut begun = 0;
         for server in servers {
-            let mut workers = lock(&hs.queues().workers);
-            let running = workers.contains_key(server);
-            if !running {
-                workers.insert(server.clone(), VecDeque::new());
+            begun += usize::from(self.start_one(server));
+            if begun == BEGIN_AT_ONCE {
+                begun = 0;
+                tokio::time::sleep(BEGIN_PAUSE).await;
             }
-            drop(workers);
-            if running {
-                hs.notifier().wake(&Topic::Destination(server.clone()));
-            } else {
-                self.spawn(server.clone(), None);
-            }
+        }
+    }
+
+    /// Whether it had none.
+    fn start_one(&self, server: &ServerName) -> bool {
+        let mut workers = lock(&self.hs.queues().workers);
+        let running = workers.contains_key(server);
+        if !running {
+            workers.insert(server.clone(), VecDeque::new());
+        }
+        drop(workers);
+        if !running {
+            self.spawn(server.clone(), None);
+        } else if self.hs.client().backoff().failing(server).is_none() {
+            // Who does not answer is left to its pause.
+            self.hs.notifier().wake(&Topic::Destination(server.clone()));
+        }
+        !running
+    }
+
+    /// Gives events that go to many servers their places in the outboxes, and these their workers.
+    pub(crate) fn spread(&self) {
+        if let Some(run) = Spreading::begin(self.hs) {
+            self.hs.spawn_until_stop("fan_out", run.to_end());
         }
     }
 
     /// At boot: whatever is left in the outbox goes on. Who did not answer before is not asked sooner for that.
     pub async fn resume(&self) -> storage::Result<()> {
+        self.spread();
         let servers = self.hs.store().read(queues::waiting_servers).await?;
         let now = self.hs.clock().unix_ms();
         for (server, retry_at) in servers {
@@ -155,6 +204,57 @@ impl Outgoing<'_> {
         let hs = self.hs.clone();
         self.hs
             .spawn_until_stop("outgoing", async move { work(&hs, server, pause).await });
+    }
+}
+
+/// The one task that spreads events, for as long as it lives.
+struct Spreading {
+    hs: Homeserver,
+    /// Nothing was left, and that it does not run any more is noted.
+    ended: bool,
+}
+
+impl Spreading {
+    /// `None` when there is one, which then looks again before it ends.
+    fn begin(hs: &Homeserver) -> Option<Self> {
+        let mut spread = lock(&hs.queues().spread);
+        if spread.running {
+            spread.again = true;
+            return None;
+        }
+        spread.running = true;
+        Some(Self {
+            hs: hs.clone(),
+            ended: false,
+        })
+    }
+
+    async fn to_end(mut self) {
+        loop {
+            match self.hs.store().write(queues::spread).await {
+                Ok(servers) if servers.is_empty() => {
+                    let mut spread = lock(&self.hs.queues().spread);
+                    if !std::mem::take(&mut spread.again) {
+                        spread.running = false;
+                        self.ended = true;
+                        return;
+                    }
+                }
+                Ok(servers) => self.hs.outgoing().start_slowly(&servers).await,
+                Err(error) => {
+                    tracing::error!(%error, "an event can not be spread to its servers");
+                    tokio::time::sleep(SPREAD_AGAIN).await;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Spreading {
+    fn drop(&mut self) {
+        if !self.ended {
+            lock(&self.hs.queues().spread).running = false;
+        }
     }
 }
 

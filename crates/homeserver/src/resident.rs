@@ -1,6 +1,7 @@
 //! Serving the handshakes of other servers' users (joins.md part 2): the decisions are in
 //! `crates/room/src/resident.rs`; here are the questions it asks about other rooms, and the answers' bodies.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use room::resident::{Accept, AcceptRequest, Accepted, Make, MakeRequest, SHOWN_S
 use room::restricted::AllowedRooms;
 use serde_json::{Value, json};
 use storage::federation_reads as reads;
-use storage::{events, rooms, states};
+use storage::{events, rooms, state_log, states};
 
 use crate::Homeserver;
 use crate::drive::{Run, drive};
@@ -198,14 +199,13 @@ impl Homeserver {
                 let joined = events::nids(c, std::slice::from_ref(&join.event_id))?;
                 let tops: Vec<EventNid> =
                     state.iter().copied().chain(joined.into_values()).collect();
-                let mut chain = events::auth_chain(c, &tops)?;
+                let mut chain = state_log::auth_chain(c, room.nid, &tops)?;
                 if answer.omit_members {
                     // what stands in `state` need not come twice.
-                    for nid in &state {
-                        chain.remove(nid);
-                    }
+                    let state: HashSet<EventNid> = state.iter().copied().collect();
+                    chain.retain(|nid| !state.contains(nid));
                 }
-                Ok((state, chain.into_iter().collect::<Vec<_>>()))
+                Ok((state, chain))
             })
             .await?;
         let mut head = json!({

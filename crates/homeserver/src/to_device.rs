@@ -69,7 +69,7 @@ impl Homeserver {
         let Some(reached) = reached else {
             return Ok(());
         };
-        self.outgoing().start(self, &servers);
+        self.outgoing().start(&servers);
         for user in &reached {
             self.notifier().wake_user(user);
         }

@@ -15,10 +15,13 @@ use room::write::{
 use crate::cache::{Body, Caches};
 use crate::driver::{Conn, Error, Result};
 use crate::events::{self, Standing, Status};
+use crate::queues::Queued;
 use crate::rooms::{self, RoomRow};
 use crate::states::{self, Unstored};
 use crate::streams::{self, Stream};
-use crate::{Sequence, Store, auth_above, devices, event_index, load, out_of_band, queues, row};
+use crate::{
+    Sequence, Store, auth_above, devices, event_index, load, out_of_band, queues, row, state_log,
+};
 
 /// Members whose events are looked at in one go.
 const MEMBERS_BATCH: usize = 2000;
@@ -40,6 +43,8 @@ pub struct Applied {
     pub became_full: Option<i64>,
     /// Servers that have something new to be sent.
     pub destinations: Vec<ServerName>,
+    /// Something is to be spread to many others, see [`queues::spread`].
+    pub fans_out: bool,
     /// The last position of the device-list stream, when users came into it (P-54).
     pub device_lists: Option<i64>,
 }
@@ -509,7 +514,11 @@ impl Plan {
         c.execute_many(INSERT_EVENT, &rows)?;
         let edges = new.iter().zip(&packed);
         let edges = edges.filter_map(|(event, (auth, _))| Some((event.nid, event.key?, &**auth)));
-        auth_above::add(c, edges)
+        auth_above::add(c, edges)?;
+        let state = new.iter().zip(&packed);
+        let state = state.filter(|(event, _)| event.pdu.is_state());
+        let state = state.map(|(event, (auth, _))| (event.nid, &event.pdu.event_id, &**auth));
+        state_log::add(c, room, state)
     }
 
     fn upgrade(
@@ -564,8 +573,10 @@ impl Plan {
                 .filter(|server| **server != self.own)
                 .collect();
             let servers: Vec<ServerName> = servers.into_iter().cloned().collect();
-            queues::enqueue_event(c, event.nid, &servers)?;
-            destinations.extend(servers);
+            match queues::enqueue_event(c, event.nid, &servers)? {
+                Queued::Waiting => destinations.extend(servers),
+                Queued::ToBeSpread => applied.fans_out = true,
+            }
         }
         applied.destinations = destinations.into_iter().collect();
         Ok(())

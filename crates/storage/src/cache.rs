@@ -1,4 +1,4 @@
-//! What is kept in memory: state nodes, event bodies and numbers, none of which ever change.
+//! What is kept in memory: state nodes, event bodies, numbers and auth graphs. Nothing of it ever changes; a graph grows.
 
 use std::sync::Arc;
 
@@ -9,6 +9,8 @@ use protocol::pdu::Pdu;
 use protocol::state::Node;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+
+use crate::state_log::Graph;
 
 /// The bytes that a node takes beside its slots.
 const NODE_OVERHEAD: u64 = 96;
@@ -25,6 +27,7 @@ pub struct CacheBytes {
     pub state_nodes: u64,
     pub events: u64,
     pub auth_edges: u64,
+    pub graphs: u64,
 }
 
 impl Default for CacheBytes {
@@ -32,7 +35,8 @@ impl Default for CacheBytes {
         Self {
             state_nodes: 64 << 20,
             events: 128 << 20,
-            auth_edges: 32 << 20,
+            auth_edges: 8 << 20,
+            graphs: 32 << 20,
         }
     }
 }
@@ -50,6 +54,7 @@ pub struct Caches {
     pub(crate) nodes: Cache<i64, Arc<Node>, NodeWeight>,
     pub(crate) bodies: Cache<EventNid, Body, BodyWeight>,
     pub(crate) auth: Cache<EventNid, Arc<[EventNid]>, EdgeWeight>,
+    pub(crate) graphs: Cache<RoomNid, Arc<Graph>, GraphWeight>,
     pub(crate) ids: Cache<EventId, EventNid>,
     pub(crate) keys: Cache<(RoomNid, StateKey), KeyNid>,
 }
@@ -65,6 +70,7 @@ impl Caches {
             ),
             bodies: Cache::with_weighter(items(bytes.events, 2000), bytes.events, BodyWeight),
             auth: Cache::with_weighter(items(bytes.auth_edges, 64), bytes.auth_edges, EdgeWeight),
+            graphs: Cache::with_weighter(items(bytes.graphs, 100_000), bytes.graphs, GraphWeight),
             ids: Cache::new(IDS_MAX),
             keys: Cache::new(KEYS_MAX),
         }
@@ -97,6 +103,15 @@ pub(crate) struct EdgeWeight;
 impl Weighter<EventNid, Arc<[EventNid]>> for EdgeWeight {
     fn weight(&self, _: &EventNid, auth: &Arc<[EventNid]>) -> u64 {
         48 + 8 * auth.len() as u64
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct GraphWeight;
+
+impl Weighter<RoomNid, Arc<Graph>> for GraphWeight {
+    fn weight(&self, _: &RoomNid, graph: &Arc<Graph>) -> u64 {
+        graph.weight()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Events as they are stored: bodies, numbers, places and verdicts.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use protocol::id::{EventId, ServerName};
@@ -381,20 +381,15 @@ pub fn nids(c: &mut dyn Conn, ids: &[EventId]) -> Result<HashMap<EventId, EventN
     Ok(found)
 }
 
-/// The ids of these events, in no order, as the elements of a JSON array.
-pub fn write_ids(c: &mut dyn Conn, events: &[EventNid], text: &mut String) -> Result<()> {
-    let mut numbers = raw(events);
-    numbers.sort_unstable();
-    let mut first = true;
-    for batch in numbers.chunks(BATCH) {
-        c.query(IDS, &[&batch], &mut |row| {
-            if !std::mem::take(&mut first) {
-                text.push(',');
-            }
-            let id = serde_json::to_string(row.text(1)?);
-            text.push_str(&id.map_err(|error| Error::Corrupt(error.to_string()))?);
-            Ok(())
-        })?;
+/// The ids of these events, in the order of their numbers.
+pub(crate) fn each_id(
+    c: &mut dyn Conn,
+    events: &mut [EventNid],
+    each: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    events.sort_unstable();
+    for batch in raw(events).chunks(BATCH) {
+        c.query(IDS, &[&batch], &mut |row| each(row.text(1)?))?;
     }
     Ok(())
 }
@@ -457,36 +452,4 @@ pub(crate) fn auth_of(
         })?;
     }
     Ok(found)
-}
-
-/// These events (as far as they are stored) and their whole auth chains.
-pub fn auth_closure(
-    c: &mut dyn Conn,
-    events: impl IntoIterator<Item = EventNid>,
-) -> Result<BTreeSet<EventNid>> {
-    let mut seen: HashSet<EventNid> = events.into_iter().collect();
-    let mut stored = Vec::new();
-    let mut edge: Vec<EventNid> = seen.iter().copied().collect();
-    while !edge.is_empty() {
-        // In the order of the table, whose pages are then read once.
-        edge.sort_unstable();
-        let found = auth_of(c, &edge)?;
-        let mut next = Vec::new();
-        for (nid, auth) in found {
-            stored.push(nid);
-            next.extend(auth.iter().copied().filter(|nid| seen.insert(*nid)));
-        }
-        edge = next;
-    }
-    Ok(stored.into_iter().collect())
-}
-
-/// The auth chains of these events, without the events themselves unless one is in another's chain.
-pub fn auth_chain(c: &mut dyn Conn, events: &[EventNid]) -> Result<BTreeSet<EventNid>> {
-    let tops = auth_of(c, events)?;
-    let below: Vec<EventNid> = tops
-        .values()
-        .flat_map(|auth| auth.iter().copied())
-        .collect();
-    auth_closure(c, below)
 }

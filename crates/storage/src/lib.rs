@@ -38,6 +38,7 @@ pub mod rooms;
 pub mod search;
 mod sequence;
 mod sqlite;
+pub mod state_log;
 pub mod states;
 pub mod streams;
 pub mod sync_reads;

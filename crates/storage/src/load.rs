@@ -16,7 +16,7 @@ use crate::cache::Body;
 use crate::driver::{Conn, Error, Result, Row};
 use crate::events::{self, Standing, Status};
 use crate::rooms::{self, RoomRow};
-use crate::{Sequence, Store, auth_above, out_of_band, row, sequence, states};
+use crate::{Sequence, Store, auth_above, out_of_band, row, sequence, state_log, states};
 
 /// Answers one question. Only `Intern` writes.
 pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
@@ -381,7 +381,7 @@ fn closure(
     let bodies = events::bodies(c, &first)?;
     let readable = rule_keys(c, room, bodies.values())?;
     wanted.extend(readable.values().flat_map(at));
-    let all = events::auth_closure(c, wanted)?;
+    let all = state_log::closure(c, room, wanted)?;
     let mut set = set_of(c, room, all)?;
     if !differing.is_empty() {
         set.shared = shared(c, maps, &differing, &set, also)?;

@@ -33,6 +33,7 @@ const FILES: &[(i64, &str, &str)] = &[
         "invited_members",
         include_str!("schema/008_invited_members.sql"),
     ),
+    (9, "state_log", include_str!("schema/009_state_log.sql")),
 ];
 
 /// Its table is filled from others, which takes more than a statement.

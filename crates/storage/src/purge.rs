@@ -14,7 +14,9 @@ const BATCH: i64 = 2000;
 const EVENTS: &str =
     "SELECT nid FROM events WHERE room_nid = $1 AND nid > $2 ORDER BY nid LIMIT $3";
 /// What other servers are still to get: as a rule the leaves with which the purge began.
-const OWED: &str = "SELECT DISTINCT o.event_nid FROM outbox o JOIN events e ON e.nid = o.event_nid
+const OWED: &str = "SELECT o.event_nid FROM outbox o JOIN events e ON e.nid = o.event_nid
+    WHERE e.room_nid = $1
+    UNION SELECT f.event_nid FROM fan_outs f JOIN events e ON e.nid = f.event_nid
     WHERE e.room_nid = $1";
 const KEEP: &str = "UPDATE events SET place = 0, partial = 0, position = NULL, before_root = NULL,
     after_root = NULL, prevs = NULL WHERE nid IN (SELECT value FROM rarray($1))";
@@ -25,8 +27,9 @@ const BY_EVENT: [&str; 3] = [
     "DELETE FROM client_transactions WHERE event_nid IN (SELECT value FROM rarray($1))",
 ];
 const DELETE: &str = "DELETE FROM events WHERE nid IN (SELECT value FROM rarray($1))";
-const BY_ROOM: [&str; 10] = [
+const BY_ROOM: [&str; 11] = [
     "DELETE FROM room_states WHERE room_nid = $1",
+    "DELETE FROM state_log WHERE room_nid = $1",
     "DELETE FROM forward_extremities WHERE room_nid = $1",
     "DELETE FROM backward_extremities WHERE room_nid = $1",
     "DELETE FROM memberships WHERE room_nid = $1",

@@ -7,6 +7,11 @@ use protocol::room_version::RoomVersion;
 
 use crate::driver::{Conn, Error, Result, Row, Value, texts};
 
+/// Servers that have their rows written with the event itself.
+const DIRECT_MAX: usize = 64;
+/// Rows that are written in one go for an event that goes to more, while other writers wait.
+const SPREAD_MAX: usize = 500;
+
 // -- incoming -------------------------------------------------------------------------------------
 
 /// A PDU that was answered for and is not yet taken (joins.md P-22a).
@@ -147,6 +152,10 @@ pub struct Destination {
 const NUMBER: &str = "INSERT INTO sequences (name, last) VALUES ('outbox', $1)
     ON CONFLICT (name) DO UPDATE SET last = sequences.last + excluded.last RETURNING last";
 const ENQUEUE: &str = "INSERT INTO outbox (server, number, event_nid, edu) VALUES ($1, $2, $3, $4)";
+const FAN_OUT: &str = "INSERT INTO fan_outs (number, event_nid, servers) VALUES ($1, $2, $3)";
+const OLDEST_FAN_OUT: &str =
+    "SELECT number, event_nid, servers FROM fan_outs ORDER BY number LIMIT 1";
+const DROP_FAN_OUT: &str = "DELETE FROM fan_outs WHERE number = $1";
 const WAITING: &str = "SELECT o.number, e.json, o.edu FROM outbox o
     LEFT JOIN events e ON e.nid = o.event_nid
     WHERE o.server = $1 ORDER BY o.number LIMIT $2";
@@ -178,12 +187,32 @@ fn numbers(c: &mut dyn Conn, count: usize) -> Result<i64> {
     Ok(c.query_one(NUMBER, &[&count], |row| row.int(0))? - count + 1)
 }
 
-/// Puts a stored event into the outbox of each of these servers.
-pub fn enqueue_event(c: &mut dyn Conn, event: EventNid, servers: &[ServerName]) -> Result<()> {
+/// Where an event waits that was just queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queued {
+    /// In the outbox of every server.
+    Waiting,
+    /// In one row for all of them, for [`spread`].
+    ToBeSpread,
+}
+
+/// Puts a stored event into the outbox of each of these servers, or where they are many into one row: whoever
+/// sends something to thousands of servers, or brings it, does not wait until each has a row of its own.
+pub fn enqueue_event(c: &mut dyn Conn, event: EventNid, servers: &[ServerName]) -> Result<Queued> {
     if servers.is_empty() {
-        return Ok(());
+        return Ok(Queued::Waiting);
     }
     let first = numbers(c, servers.len())?;
+    if servers.len() > DIRECT_MAX {
+        let list: String = servers.iter().flat_map(|s| [s.as_str(), " "]).collect();
+        c.execute(FAN_OUT, &[&first, &event, &list])?;
+        return Ok(Queued::ToBeSpread);
+    }
+    enqueue(c, event, servers, first)?;
+    Ok(Queued::Waiting)
+}
+
+fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], first: i64) -> Result<()> {
     let rows: Vec<Vec<Value<'_>>> = servers
         .iter()
         .zip(first..)
@@ -196,8 +225,35 @@ pub fn enqueue_event(c: &mut dyn Conn, event: EventNid, servers: &[ServerName]) 
             ]
         })
         .collect();
-    c.execute_many(ENQUEUE, &rows)?;
-    Ok(())
+    c.execute_many(ENQUEUE, &rows).map(drop)
+}
+
+/// Moves the first servers of the oldest event that is to be spread into their outboxes: whose they are, none
+/// when there is no such event.
+pub fn spread(c: &mut dyn Conn) -> Result<Vec<ServerName>> {
+    let oldest = c.query_opt(OLDEST_FAN_OUT, &[], |row| {
+        Ok((row.int(0)?, row.event_nid(1)?, row.string(2)?))
+    })?;
+    let Some((number, event, list)) = oldest else {
+        return Ok(Vec::new());
+    };
+    let mut rest = &*list;
+    let mut servers = Vec::new();
+    while servers.len() < SPREAD_MAX
+        && let Some((server, others)) = rest.split_once(' ')
+    {
+        let server = ServerName::parse(server)
+            .map_err(|_| Error::Corrupt(format!("server name {server:?}")))?;
+        servers.push(server);
+        rest = others;
+    }
+    enqueue(c, event, &servers, number)?;
+    c.execute(DROP_FAN_OUT, &[&number])?;
+    if !rest.is_empty() {
+        let next = number + i64::try_from(servers.len()).map_err(Error::engine)?;
+        c.execute(FAN_OUT, &[&next, &event, &rest])?;
+    }
+    Ok(servers)
 }
 
 /// Puts an EDU into the outbox of each of these servers, where it waits as events do.
