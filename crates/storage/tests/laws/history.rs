@@ -153,18 +153,26 @@ pub async fn what_a_purged_room_owes_is_still_sent(database: &Database) {
     line(&mut fixture).await;
     let room = fixture.room.clone();
     let newest = fixture.head().await.forward_extremities[0].nid;
-    let (waiting, left) = fixture
+    let (join, _) = fixture.join("@bob:b.org").await;
+    let many: Vec<_> = (0..100).map(|n| server(&format!("s{n}.org"))).collect();
+    let (of_one, of_many, left) = fixture
         .store
         .write(move |c| {
             queues::enqueue_event(c, newest, &[server("owed.org")])?;
+            let queued = queues::enqueue_event(c, join.nid, &many)?;
+            assert_eq!(queued, queues::Queued::ToBeSpread);
             purge::room(c, &room)?;
+            assert_eq!(queues::spread(c)?, many);
             let left = c.query_one("SELECT COUNT(*) FROM events", &[], |row| row.int(0))?;
-            Ok((queues::waiting(c, &server("owed.org"), 10)?, left))
+            let of_many = queues::waiting(c, &many[99], 10)?;
+            Ok((queues::waiting(c, &server("owed.org"), 10)?, of_many, left))
         })
         .await
         .unwrap();
-    assert_eq!((waiting.len(), left), (1, 1));
-    assert!(matches!(&waiting[0].what, queues::Cargo::Pdu(pdu) if !pdu.is_empty()));
+    assert_eq!((of_one.len(), of_many.len(), left), (1, 1, 2));
+    for waiting in of_one.iter().chain(&of_many) {
+        assert!(matches!(&waiting.what, queues::Cargo::Pdu(pdu) if !pdu.is_empty()));
+    }
     assert!(matches!(fixture.load(Load::Head).await, Loaded::Head(None)));
 }
 

@@ -3,9 +3,11 @@
 mod driver;
 mod history;
 mod rooms;
+mod serving;
 mod statements;
 
 pub use driver::*;
 pub use history::*;
 pub use rooms::*;
+pub use serving::*;
 pub use statements::*;

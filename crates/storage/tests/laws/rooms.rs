@@ -913,7 +913,9 @@ pub async fn what_agreed_entries_stand_on_is_found_from_below(database: &Databas
     }
     // A database that had its events before it had the table.
     let forget = |c: &mut dyn Conn| {
-        c.execute("DROP TABLE auth_above", &[])?;
+        for table in ["auth_above", "state_log", "fan_outs"] {
+            c.execute(&format!("DROP TABLE {table}"), &[])?;
+        }
         c.execute("DROP INDEX memberships_invited", &[])?;
         for column in ["attempts", "not_before_ms"] {
             c.execute(

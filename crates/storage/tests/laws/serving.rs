@@ -1,0 +1,128 @@
+//! What is made for rooms of many members and many servers: the log of a room's state events, and events that
+//! are spread to their servers after the commit.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::id::{EventId, ServerName};
+use protocol::nid::EventNid;
+use room::write::{FanOut, WriteSet};
+use serde_json::json;
+use storage::apply::apply;
+use storage::queues::{self, Cargo, Queued};
+use storage::{Store, rooms, state_log};
+
+use super::rooms::{Fixture, outlier, server};
+use crate::engines::Database;
+
+/// More than what is looked up one by one.
+const EVENTS: usize = 600;
+
+/// The auth chain of all these events and the ids of the same, as the store tells them.
+async fn told(
+    store: &Store,
+    fixture: &Fixture,
+    events: &[EventNid],
+) -> (Vec<EventNid>, BTreeSet<String>) {
+    let (room, events) = (fixture.room.clone(), events.to_vec());
+    let told = store.read(move |c| {
+        let room = rooms::by_id(c, &room)?.unwrap().nid;
+        let mut ids = String::from("[");
+        state_log::write_ids(c, room, &events, &mut ids)?;
+        Ok((state_log::auth_chain(c, room, &events)?, ids + "]"))
+    });
+    let (chain, ids) = told.await.unwrap();
+    let ids: Vec<String> = serde_json::from_str(&ids.replacen("[,", "[", 1)).unwrap();
+    let set: BTreeSet<String> = ids.iter().cloned().collect();
+    assert_eq!(set.len(), ids.len(), "an id comes twice");
+    (chain, set)
+}
+
+pub async fn an_auth_chain_is_the_same_with_and_without_the_log(database: &Database) {
+    let fixture = Fixture::joined(database).await;
+    // Each on the one in the middle of those before it, and some on one that nobody has.
+    let mut pdus = Vec::new();
+    for number in 0..EVENTS {
+        let who = format!("@user{number}:b.org");
+        let mut auth: Vec<EventId> = Vec::new();
+        if number > 0 {
+            let before: &std::sync::Arc<protocol::pdu::Pdu> = &pdus[number / 2];
+            auth.push(before.event_id.clone());
+        }
+        if number % 100 == 7 {
+            auth.push(EventId::parse(&format!("$nowhere{number}")).unwrap());
+        }
+        let content = json!({ "membership": "join" });
+        pdus.push(fixture.draft(&who, "m.room.member", Some(&who), content, &[], &auth, 9));
+    }
+    let made = fixture.intern(&pdus).await;
+    // The last comes in a commit of its own, and one of the middle later than those that stand on it.
+    let (late, last) = (40, EVENTS - 1);
+    let mut commits = vec![Vec::new(), vec![last], vec![late]];
+    commits[0].extend((0..last).filter(|number| *number != late));
+    for (nth, numbers) in commits.iter().enumerate() {
+        let mut writes = WriteSet::new(fixture.room.clone(), pdus[0].version);
+        writes.events = numbers
+            .iter()
+            .map(|number| outlier(&made[*number]))
+            .collect();
+        apply(&fixture.store, writes).await.unwrap().unwrap();
+        if nth == 0 {
+            // From here on a graph is in memory.
+            let nids: Vec<EventNid> = numbers.iter().map(|number| made[*number].nid).collect();
+            let (chain, _) = told(&fixture.store, &fixture, &nids).await;
+            assert!(!chain.contains(&made[late].nid));
+        }
+    }
+    let nids: Vec<EventNid> = made.iter().map(|made| made.nid).collect();
+    let in_chain = (0..EVENTS).filter(|number| number * 2 < EVENTS);
+    let expected: BTreeSet<EventNid> = in_chain.map(|number| made[number].nid).collect();
+    let expected: Vec<EventNid> = expected.into_iter().collect();
+    let ids: BTreeSet<String> = pdus.iter().map(|pdu| pdu.event_id.to_string()).collect();
+    let whole = (expected, ids);
+    assert_eq!(told(&fixture.store, &fixture, &nids).await, whole);
+    if database.lasting {
+        assert_eq!(told(&database.open().await, &fixture, &nids).await, whole);
+        let drop = |c: &mut dyn storage::Conn| c.execute("DELETE FROM state_log", &[]);
+        assert_eq!(fixture.store.write(drop).await.unwrap(), 5);
+        assert_eq!(told(&database.open().await, &fixture, &nids).await, whole);
+    }
+}
+
+pub async fn what_goes_to_many_servers_is_spread_after_the_commit(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let servers: Vec<ServerName> = (0..1_200).map(|n| server(&format!("s{n}.org"))).collect();
+    let mut sent = Vec::new();
+    for n in 0..2 {
+        let content = json!({ "n": n });
+        let alice = "@alice:localhost";
+        let (made, state) = fixture.make(alice, "m.room.message", None, content).await;
+        let mut writes = fixture.appending(&made, state);
+        writes.events[0].fan_out = FanOut::Servers(servers.clone());
+        let applied = fixture.commit(writes).await.unwrap();
+        assert!(applied.fans_out && applied.destinations.is_empty());
+        sent.push(made);
+    }
+    // What is queued later comes later, also where it overtakes.
+    let (newest, few) = (sent[1].nid, servers[..3].to_vec());
+    let queued = fixture
+        .store
+        .write(move |c| queues::enqueue_event(c, newest, &few));
+    assert_eq!(queued.await.unwrap(), Queued::Waiting);
+    let mut spread: BTreeMap<ServerName, usize> = BTreeMap::new();
+    for expected in [500, 500, 200, 500, 500, 200, 0] {
+        let told = fixture.store.write(queues::spread).await.unwrap();
+        assert_eq!(told.len(), expected);
+        for server in told {
+            *spread.entry(server).or_default() += 1;
+        }
+    }
+    assert!(spread.len() == 1_200 && spread.values().all(|times| *times == 2));
+    let pdu = |nth: usize| Cargo::Pdu(sent[nth].pdu.json.to_string());
+    for (server, expected) in [(0, vec![0, 1, 1]), (2, vec![0, 1, 1]), (1_199, vec![0, 1])] {
+        let asked = servers[server].clone();
+        let waiting = fixture.store.read(move |c| queues::waiting(c, &asked, 10));
+        let waiting: Vec<Cargo> = waiting.await.unwrap().into_iter().map(|w| w.what).collect();
+        let expected: Vec<Cargo> = expected.into_iter().map(pdu).collect();
+        assert_eq!(waiting, expected);
+    }
+}
