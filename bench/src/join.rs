@@ -17,7 +17,13 @@ use crate::wire::Faults;
 const AFTERWARDS: Duration = Duration::from_secs(30);
 /// A join that takes longer has failed.
 const JOIN_MAX: Duration = Duration::from_secs(1200);
-const SWEEP: [usize; 4] = [1000, 10_000, 50_000, 100_000];
+/// Members of the rooms of a sweep. The last have about 200,000 events.
+const SWEEP: [usize; 4] = [1000, 10_000, 50_000, 120_000];
+/// The room from which is known what any join costs.
+const SWEEP_LEAST: usize = 10;
+/// Members for each server in a sweep, as the room of 50,000 on 2,000 has them: with as many servers whatever the room,
+/// small ones would be about keys.
+const SWEEP_MEMBERS_EACH: usize = 25;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -27,7 +33,7 @@ pub struct Arguments {
     contest: ContestArguments,
     #[command(flatten)]
     faults: Faults,
-    /// Rooms of 1,000 to 100,000 members, and what an event costs in each.
+    /// Rooms of 1,000 to 120,000 members, and what an event costs in each.
     #[arg(long)]
     sweep: bool,
 }
@@ -57,39 +63,27 @@ pub fn conditions(versions: &[String], repeat: usize) -> String {
 }
 
 async fn sweep(arguments: &Arguments) -> anyhow::Result<()> {
-    let mut rows = Vec::new();
-    let mut columns = Vec::new();
-    for members in SWEEP {
-        let mut shape = arguments.shape.clone();
-        shape.members = members;
-        let kept = Kept::get(&shape.shape()).await?;
-        let (_, servers) = measure_all(arguments, &kept).await?;
-        let table = Table::of(String::new(), &servers);
-        for (column, (name, _)) in servers.iter().enumerate() {
-            if rows.is_empty() {
-                columns.push(name.clone());
-            }
-            for what in [FULL, CPU] {
-                let row = table.rows.iter().find(|row| row.what == what);
-                let value = row.and_then(|row| row.values[column]);
-                let each = value.map(|seconds| seconds * 1e6 / kept.events() as f64);
-                rows.push((members, column, what, each));
-            }
-        }
-    }
+    let least = sweep_one(arguments, SWEEP_LEAST).await?;
     let mut table = Table {
         title: "Cost of an event of the state and its auth chain".to_owned(),
-        columns,
+        columns: least.columns.clone(),
         rows: Vec::new(),
     };
-    for (index, members) in SWEEP.into_iter().enumerate() {
-        for what in [FULL, CPU] {
-            let mut values = vec![None; table.columns.len()];
-            for (_, column, _, each) in rows.iter().filter(|row| row.0 == members && row.2 == what)
-            {
-                values[*column] = *each;
-            }
-            let what = SWEEP_ROWS[index][usize::from(what == CPU)];
+    let of_least = least.values[1].clone();
+    for (what, values) in SWEEP_LEAST_ROWS.into_iter().zip(least.values) {
+        let unit = Unit::Seconds;
+        table.rows.push(Row { what, unit, values });
+    }
+    for (members, [time_row, cpu_row, beyond_row]) in SWEEP.into_iter().zip(SWEEP_ROWS) {
+        let Swept { values, events, .. } = sweep_one(arguments, members).await?;
+        let [time, cpu] = values;
+        let each = |seconds: Option<f64>| seconds.map(|seconds| seconds * 1e6 / events as f64);
+        let beyond = cpu.iter().zip(&of_least);
+        let beyond = beyond.map(|(cpu, least)| each(Some((*cpu)? - (*least)?)));
+        let beyond: Vec<Option<f64>> = beyond.collect();
+        let time = time.into_iter().map(each).collect();
+        let cpu = cpu.into_iter().map(each).collect();
+        for (what, values) in [(time_row, time), (cpu_row, cpu), (beyond_row, beyond)] {
             let unit = Unit::Micros;
             table.rows.push(Row { what, unit, values });
         }
@@ -98,13 +92,57 @@ async fn sweep(arguments: &Arguments) -> anyhow::Result<()> {
     table.save(&directory("bench")?, "sweep")
 }
 
+/// One room of a sweep.
+struct Swept {
+    columns: Vec<String>,
+    /// Seconds until all members are known and of CPU until then, for each column.
+    values: [Vec<Option<f64>>; 2],
+    events: usize,
+}
+
+async fn sweep_one(arguments: &Arguments, members: usize) -> anyhow::Result<Swept> {
+    let mut shape = arguments.shape.clone();
+    shape.members = members;
+    shape.servers = members.div_ceil(SWEEP_MEMBERS_EACH);
+    let kept = Kept::get(&shape.shape()).await?;
+    let (_, servers) = measure_all(arguments, &kept).await?;
+    let table = Table::of(String::new(), &servers);
+    let values = [FULL, CPU].map(|what| {
+        let row = table.rows.iter().find(|row| row.what == what);
+        row.map_or_else(|| vec![None; servers.len()], |row| row.values.clone())
+    });
+    Ok(Swept {
+        columns: servers.into_iter().map(|(name, _)| name).collect(),
+        values,
+        events: kept.events(),
+    })
+}
+
 const FULL: &str = "all members known";
 const CPU: &str = "CPU until then";
-const SWEEP_ROWS: [[&str; 2]; 4] = [
-    ["1,000 members: time", "1,000 members: CPU"],
-    ["10,000 members: time", "10,000 members: CPU"],
-    ["50,000 members: time", "50,000 members: CPU"],
-    ["100,000 members: time", "100,000 members: CPU"],
+const SWEEP_LEAST_ROWS: [&str; 2] = ["10 members, in all: time", "10 members, in all: CPU"];
+/// Time, CPU, and CPU beyond what the smallest room takes.
+const SWEEP_ROWS: [[&str; 3]; 4] = [
+    [
+        "1,000 members: time",
+        "1,000 members: CPU",
+        "1,000 members: CPU beyond the least",
+    ],
+    [
+        "10,000 members: time",
+        "10,000 members: CPU",
+        "10,000 members: CPU beyond the least",
+    ],
+    [
+        "50,000 members: time",
+        "50,000 members: CPU",
+        "50,000 members: CPU beyond the least",
+    ],
+    [
+        "120,000 members: time",
+        "120,000 members: CPU",
+        "120,000 members: CPU beyond the least",
+    ],
 ];
 
 /// The versions, and the figures by server.
