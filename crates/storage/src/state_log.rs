@@ -300,7 +300,17 @@ struct Walk<'a> {
     open_beside: Vec<EventNid>,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn new(graph: &'a Graph) -> Self {
+        Self {
+            graph,
+            seen: Places::new(graph),
+            open: Vec::new(),
+            seen_beside: HashSet::new(),
+            open_beside: Vec::new(),
+        }
+    }
+
     fn add(&mut self, nid: EventNid) {
         match self.graph.find(nid) {
             Some(place) => {
@@ -352,13 +362,7 @@ pub(crate) fn closure(
 ) -> Result<Vec<EventNid>> {
     let events: Vec<EventNid> = events.into_iter().collect();
     let graph = Graph::of(c, room, events.len())?.unwrap_or_default();
-    let mut walk = Walk {
-        graph: &graph,
-        seen: Places::new(&graph),
-        open: Vec::new(),
-        seen_beside: HashSet::new(),
-        open_beside: Vec::new(),
-    };
+    let mut walk = Walk::new(&graph);
     for nid in events {
         walk.add(nid);
     }
@@ -369,19 +373,21 @@ pub(crate) fn closure(
 /// In the order of their numbers.
 pub fn auth_chain(c: &mut dyn Conn, room: RoomNid, events: &[EventNid]) -> Result<Vec<EventNid>> {
     let graph = Graph::of(c, room, events.len())?.unwrap_or_default();
-    let mut below = Vec::new();
+    let mut walk = Walk::new(&graph);
     let mut beside = Vec::new();
     for nid in events {
         match graph.find(*nid) {
-            Some(place) => graph.each_auth(place, &mut |nid| below.push(nid))?,
+            Some(place) => graph.each_auth(place, &mut |nid| walk.add(nid))?,
             None => beside.push(*nid),
         }
     }
-    let tops = events::auth_of(c, &beside)?;
-    below.extend(tops.values().flat_map(|auth| auth.iter().copied()));
-    below.sort_unstable();
-    below.dedup();
-    closure(c, room, below)
+    for nid in events::auth_of(c, &beside)?
+        .values()
+        .flat_map(|auth| auth.iter())
+    {
+        walk.add(*nid);
+    }
+    walk.finish(c)
 }
 
 /// The ids of these events of a room, in no order, as the elements of a JSON array.
