@@ -16,6 +16,7 @@ const DESTINATIONS_MAX: u64 = 50_000;
 #[derive(Clone)]
 pub struct Backoff {
     failing: moka::sync::Cache<ServerName, Failing>,
+    alive: moka::sync::Cache<ServerName, ()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,7 @@ impl Default for Backoff {
     fn default() -> Self {
         Self {
             failing: moka::sync::Cache::new(DESTINATIONS_MAX),
+            alive: moka::sync::Cache::new(DESTINATIONS_MAX),
         }
     }
 }
@@ -46,7 +48,13 @@ impl Backoff {
         self.failing.get(server)
     }
 
+    /// Whether it has answered or asked us something in this life of ours, and has not failed since.
+    pub fn is_alive(&self, server: &ServerName) -> bool {
+        self.alive.contains_key(server)
+    }
+
     pub fn failed(&self, server: &ServerName) {
+        self.alive.invalidate(server);
         let last = Instant::now();
         let before = self.failing.get(server);
         // Requests in flight together fail together: that is one failure.
@@ -83,6 +91,9 @@ impl Backoff {
     /// It answered, or asked us something: it lives.
     pub fn reset(&self, server: &ServerName) {
         self.failing.invalidate(server);
+        if !self.alive.contains_key(server) {
+            self.alive.insert(server.clone(), ());
+        }
     }
 }
 
@@ -109,8 +120,11 @@ mod tests {
         assert!(waits.iter().all(|w| *w <= BACKOFF_MAX.mul_f64(1.1)));
         assert!(backoff.is_ready(&other_port));
         backoff.failed(&server);
+        assert!(!backoff.is_alive(&server));
         backoff.reset(&server);
-        assert!(backoff.is_ready(&server));
+        assert!(backoff.is_ready(&server) && backoff.is_alive(&server));
+        backoff.failed(&server);
+        assert!(!backoff.is_alive(&server));
     }
 
     #[tokio::test(start_paused = true)]

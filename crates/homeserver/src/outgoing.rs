@@ -5,7 +5,7 @@
 //! A destination has a worker while something waits for it. PDUs, and EDUs that must not be lost, wait in the
 //! store; typing, receipts and presence wait in memory and are dropped where nobody answers.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -32,8 +32,10 @@ const PAUSE_MAX_MS: i64 = 3_600_000;
 const RESUMED_WITHIN_MS: i64 = 30_000;
 /// Destinations that begin with what they are sent, however many there are.
 const BEGIN_NOW_MAX: usize = 64;
-/// Of more, so many begin at once, and the pause behind them: two thousand a second.
-const BEGIN_AT_ONCE: usize = 4;
+/// The others wait: beginning with one costs so much, waking one that has begun costs 1, and when so much is spent there
+/// is a pause. Two thousand begin in a second.
+const BEGIN_COST: usize = 64;
+const BEGIN_SPENT_MAX: usize = 4 * BEGIN_COST;
 const BEGIN_PAUSE: Duration = Duration::from_millis(2);
 /// The store did not take it.
 const SPREAD_AGAIN: Duration = Duration::from_secs(1);
@@ -44,6 +46,16 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 pub struct Queues {
     workers: Arc<Mutex<HashMap<ServerName, VecDeque<Value>>>>,
     spread: Arc<Mutex<Spread>>,
+    later: Arc<Mutex<Later>>,
+}
+
+/// Destinations that are to begin, and whether somebody sees to it.
+#[derive(Default)]
+struct Later {
+    servers: VecDeque<ServerName>,
+    /// The same ones: none waits twice.
+    waiting: HashSet<ServerName>,
+    running: bool,
 }
 
 /// Whether events are being spread, and whether more came meanwhile.
@@ -121,29 +133,32 @@ impl Outgoing<'_> {
             .collect()
     }
 
-    /// Makes sure that these destinations have a worker, and wakes it. Of many, most of them some time later.
+    /// Makes sure that these destinations have a worker, and wakes it. Where they are many, those that are known
+    /// to be alive come first, and most of them some time later.
     pub(crate) fn start(&self, servers: &[ServerName]) {
-        let (now, later) = servers.split_at(servers.len().min(BEGIN_NOW_MAX));
-        for server in now {
+        if servers.len() <= BEGIN_NOW_MAX {
+            for server in servers {
+                self.start_one(server);
+            }
+            return;
+        }
+        let backoff = self.hs.client().backoff();
+        let (alive, others): (Vec<_>, Vec<_>) =
+            servers.iter().partition(|server| backoff.is_alive(server));
+        let mut servers = alive.into_iter().chain(others);
+        for server in servers.by_ref().take(BEGIN_NOW_MAX) {
             self.start_one(server);
         }
-        if !later.is_empty() {
-            let (hs, later) = (self.hs.clone(), later.to_vec());
-            self.hs.spawn_until_stop("outgoing_start", async move {
-                hs.outgoing().start_slowly(&later).await;
-            });
-        }
-    }
-
-    /// Some at a time: thousands that begin at once keep everybody else from the processor and the store.
-    async fn start_slowly(&self, servers: &[ServerName]) {
-        let mut begun = 0;
+        let mut later = lock(&self.hs.queues().later);
         for server in servers {
-            begun += usize::from(self.start_one(server));
-            if begun == BEGIN_AT_ONCE {
-                begun = 0;
-                tokio::time::sleep(BEGIN_PAUSE).await;
+            if later.waiting.insert(server.clone()) {
+                later.servers.push_back(server.clone());
             }
+        }
+        if !std::mem::replace(&mut later.running, true) {
+            let hs = self.hs.clone();
+            self.hs
+                .spawn_until_stop("outgoing_start", async move { start_later(&hs).await });
         }
     }
 
@@ -166,8 +181,8 @@ impl Outgoing<'_> {
 
     /// Gives events that go to many servers their places in the outboxes, and these their workers.
     pub(crate) fn spread(&self) {
-        if let Some(run) = Spreading::begin(self.hs) {
-            self.hs.spawn_until_stop("fan_out", run.to_end());
+        if let Some(spreading) = Spreading::begin(self.hs) {
+            self.hs.spawn_until_stop("fan_out", spreading.run());
         }
     }
 
@@ -192,10 +207,7 @@ impl Outgoing<'_> {
 
     /// The server is heard of again: what waits for it need not wait longer.
     pub async fn is_back(&self, server: &ServerName) {
-        let failing = self.hs.client().backoff().failing(server).is_some();
-        if failing {
-            self.hs.client().backoff().reset(server);
-        }
+        self.hs.client().backoff().reset(server);
         self.hs.notifier().wake(&Topic::Destination(server.clone()));
     }
 
@@ -204,6 +216,27 @@ impl Outgoing<'_> {
         let hs = self.hs.clone();
         self.hs
             .spawn_until_stop("outgoing", async move { work(&hs, server, pause).await });
+    }
+}
+
+/// Some at a time: thousands that begin at once keep everybody else from the processor and the store.
+async fn start_later(hs: &Homeserver) {
+    loop {
+        let mut spent = 0;
+        while spent < BEGIN_SPENT_MAX {
+            let mut later = lock(&hs.queues().later);
+            let Some(server) = later.servers.pop_front() else {
+                later.running = false;
+                return;
+            };
+            later.waiting.remove(&server);
+            drop(later);
+            spent += match hs.outgoing().start_one(&server) {
+                true => BEGIN_COST,
+                false => 1,
+            };
+        }
+        tokio::time::sleep(BEGIN_PAUSE).await;
     }
 }
 
@@ -229,7 +262,7 @@ impl Spreading {
         })
     }
 
-    async fn to_end(mut self) {
+    async fn run(mut self) {
         loop {
             match self.hs.store().write(queues::spread).await {
                 Ok(servers) if servers.is_empty() => {
@@ -240,7 +273,7 @@ impl Spreading {
                         return;
                     }
                 }
-                Ok(servers) => self.hs.outgoing().start_slowly(&servers).await,
+                Ok(servers) => self.hs.outgoing().start(&servers),
                 Err(error) => {
                     tracing::error!(%error, "an event can not be spread to its servers");
                     tokio::time::sleep(SPREAD_AGAIN).await;

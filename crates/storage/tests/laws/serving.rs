@@ -57,7 +57,7 @@ pub async fn an_auth_chain_is_the_same_with_and_without_the_log(database: &Datab
     let made = fixture.intern(&pdus).await;
     // The last comes in a commit of its own, and one of the middle later than those that stand on it.
     let (late, last) = (40, EVENTS - 1);
-    let mut commits = vec![Vec::new(), vec![last], vec![late]];
+    let mut commits = [Vec::new(), vec![last], vec![late]];
     commits[0].extend((0..last).filter(|number| *number != late));
     for (nth, numbers) in commits.iter().enumerate() {
         let mut writes = WriteSet::new(fixture.room.clone(), pdus[0].version);
