@@ -31,7 +31,7 @@ pub struct ShapeArguments {
     pub members: usize,
     /// Servers that the members are on, none of which answers.
     #[arg(long, default_value_t = 2000)]
-    servers: usize,
+    pub servers: usize,
     /// Members that have changed their profile. A quarter when left out.
     #[arg(long)]
     profile_changes: Option<usize>,

@@ -170,11 +170,10 @@ impl Outgoing<'_> {
             workers.insert(server.clone(), VecDeque::new());
         }
         drop(workers);
-        if !running {
-            self.spawn(server.clone(), None);
-        } else if self.hs.client().backoff().failing(server).is_none() {
-            // Who does not answer is left to its pause.
+        if running {
             self.hs.notifier().wake(&Topic::Destination(server.clone()));
+        } else {
+            self.spawn(server.clone(), None);
         }
         !running
     }
