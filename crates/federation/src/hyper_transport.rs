@@ -346,6 +346,9 @@ impl AsyncWrite for Tls {
 fn tls_config(options: &TransportOptions) -> Result<ClientConfig, TransportSetupError> {
     // Named here and not taken from the process: two crates with two defaults panic at first use.
     let provider = Arc::new(aws_lc_rs::default_provider());
+    // The process's first random bytes take 25 ms, for which its first connection would wait.
+    let randomness = provider.secure_random.fill(&mut [0]);
+    randomness.map_err(rustls::Error::from)?;
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()?;
     let mut config = if options.verify_tls {
