@@ -28,6 +28,8 @@ const NOTARY_BYTES_MAX: usize = 16 << 20;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Servers asked at one time.
 const FETCHES_MAX: usize = 64;
+/// Answers that are being stored at one time.
+const SAVES_MAX: usize = 64;
 /// A fetch that fails sooner is tried again, once, after a moment.
 const FAILS_FAST: Duration = Duration::from_secs(2);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -103,6 +105,7 @@ struct Inner {
     /// Questions to notaries, by the servers that they are about.
     questions: Mutex<HashMap<ServerName, Flight>>,
     fetches: Semaphore,
+    saves: Arc<Semaphore>,
 }
 
 type Flight = Shared<BoxFuture<'static, ()>>;
@@ -223,6 +226,7 @@ impl KeyRing {
                 flights: Mutex::new(HashMap::new()),
                 questions: Mutex::new(HashMap::new()),
                 fetches: Semaphore::new(FETCHES_MAX),
+                saves: Arc::new(Semaphore::new(SAVES_MAX)),
             }),
         }
     }
@@ -559,11 +563,18 @@ impl KeyRing {
         }
     }
 
+    /// Whoever waits for keys does not wait for the store: what a crash loses is fetched again.
     async fn learn(&self, rows: Vec<StoredKey>) {
         self.remember(rows.clone());
-        if let Err(error) = self.inner.store.save(rows).await {
-            tracing::warn!(error, "fetched keys cannot be stored");
-        }
+        let permit = self.inner.saves.clone().acquire_owned().await;
+        let permit = permit.expect("the semaphore is never closed");
+        let store = self.inner.store.clone();
+        tokio::spawn(async move {
+            if let Err(error) = store.save(rows).await {
+                tracing::warn!(error, "fetched keys cannot be stored");
+            }
+            drop(permit);
+        });
     }
 
     /// The one fetch of this server's keys that is under way, begun if there is none; `None` if it was
