@@ -421,6 +421,9 @@ pub(crate) trait Engine: Send + Sync {
     fn submit_read(&self, job: Box<dyn Job>);
     fn submit_write(&self, job: Box<dyn Job>);
 
+    /// What a first question would have to prepare can be prepared now.
+    fn schema_is_there(&self) {}
+
     /// The same database for another life of its process; `None` where the engine's threads go on.
     fn after_crash(&self, _caches: &Arc<Caches>, _executor: Executor) -> Option<Box<dyn Engine>> {
         None

@@ -135,6 +135,8 @@ impl Store {
         };
         let store = Self::around(engine, kept, server_name);
         store.write(move |c| migrations::run(c, dialect)).await?;
+        store.inner.engine.schema_is_there();
+        store.reserve_numbers().await?;
         Ok(store)
     }
 

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -81,6 +81,39 @@ impl Engine for Sqlite {
         match &self.writes {
             Some(writes) => send(writes, job),
             None => job.finish(Err(Error::Closed)),
+        }
+    }
+
+    fn schema_is_there(&self) {
+        let Some(reads) = &self.reads else { return };
+        let readers = self.threads.len() - 1;
+        let all = Arc::new(Barrier::new(readers));
+        for _ in 0..readers {
+            let all = Arc::clone(&all);
+            send(reads, Box::new(ReadSchema { all }));
+        }
+    }
+}
+
+/// Has a connection read the schema, which otherwise its first reader waits for.
+struct ReadSchema {
+    /// No thread gets to a second one before each has its own.
+    all: Arc<Barrier>,
+}
+
+impl Job for ReadSchema {
+    fn run(&mut self, conn: &mut dyn Conn) -> Result<()> {
+        self.all.wait();
+        conn.query("SELECT 1 FROM sqlite_schema LIMIT 1", &[], &mut |_| Ok(()))
+    }
+
+    fn reads(&self) -> bool {
+        true
+    }
+
+    fn finish(self: Box<Self>, outcome: Result<()>) {
+        if let Err(error) = outcome {
+            tracing::warn!(%error, "a reader cannot read the schema");
         }
     }
 }
