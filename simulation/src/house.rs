@@ -183,6 +183,8 @@ impl World {
                 race_send_join: chance.percent(70),
                 skew_ms: chance.below(4000) as i64 - 2000,
                 slow_store,
+                // Every third house sends each event that goes to two servers as others do what goes to hundreds.
+                fan_out_direct_max: if seed.is_multiple_of(3) { 1 } else { 64 },
             };
             let own = Chance::new(chance.draw());
             let server = Server::start(&network, fixture::server(n), settings, own, begin).await;

@@ -60,6 +60,7 @@ impl Homeserver {
     ) -> Result<()> {
         let (room, join) = (room.clone(), marker.join_event.clone());
         let (own, servers) = (self.config().server_name.clone(), missed.clone());
+        let at_once = self.store().fan_out_direct_max();
         let queued = self
             .store()
             .write(move |c| {
@@ -69,7 +70,7 @@ impl Homeserver {
                 match events::newest_of_server(c, row.nid, &own)? {
                     // Whoever told them of the room told them of our join.
                     Some((_, id)) if id == join => Ok(None),
-                    Some((nid, _)) => queues::enqueue_event(c, nid, &servers).map(Some),
+                    Some((nid, _)) => queues::enqueue_event(c, nid, &servers, at_once).map(Some),
                     None => Ok(None),
                 }
             })

@@ -89,6 +89,8 @@ pub async fn apply(store: &Store, writes: WriteSet) -> Result<Result<Applied, St
 struct Plan {
     writes: WriteSet,
     own: ServerName,
+    /// Servers that an event is queued for at once.
+    direct_max: usize,
     nodes: Unstored,
     /// Ids that the events refer to and that had no number when this was made.
     new_ids: Vec<EventId>,
@@ -131,6 +133,7 @@ impl Plan {
         }
         let mut plan = Self {
             own: store.server_name().clone(),
+            direct_max: store.fan_out_direct_max(),
             nodes,
             new_ids: Vec::new(),
             first_id: 0,
@@ -573,7 +576,7 @@ impl Plan {
                 .filter(|server| **server != self.own)
                 .collect();
             let servers: Vec<ServerName> = servers.into_iter().cloned().collect();
-            match queues::enqueue_event(c, event.nid, &servers)? {
+            match queues::enqueue_event(c, event.nid, &servers, self.direct_max)? {
                 Queued::Waiting => destinations.extend(servers),
                 Queued::ToBeSpread => applied.fans_out = true,
             }

@@ -90,6 +90,8 @@ pub struct Options {
     /// Our own name: whose users are local, and who is never a destination.
     pub server_name: ServerName,
     pub cache: CacheBytes,
+    /// An event for more servers than this is not queued for each of them by the commit, but spread after it.
+    pub fan_out_direct_max: usize,
 }
 
 impl Default for Options {
@@ -100,6 +102,7 @@ impl Default for Options {
             executor: None,
             server_name: ServerName::parse("localhost").expect("a valid name"),
             cache: CacheBytes::default(),
+            fan_out_direct_max: 64,
         }
     }
 }
@@ -116,6 +119,7 @@ struct Inner {
     sequences: sequence::Sequences,
     caches: Arc<Caches>,
     server_name: ServerName,
+    fan_out_direct_max: usize,
 }
 
 impl Store {
@@ -125,6 +129,7 @@ impl Store {
         let caches = Arc::new(Caches::new(&options.cache));
         let kept = Arc::clone(&caches);
         let server_name = options.server_name.clone();
+        let fan_out_direct_max = options.fan_out_direct_max;
         let runs_elsewhere = options.executor.is_some();
         let opening = move || open_engine(&owned, &options, &caches);
         let (engine, dialect) = match runs_elsewhere {
@@ -133,14 +138,19 @@ impl Store {
                 .await
                 .map_err(Error::engine)??,
         };
-        let store = Self::around(engine, kept, server_name);
+        let store = Self::around(engine, kept, server_name, fan_out_direct_max);
         store.write(move |c| migrations::run(c, dialect)).await?;
         store.inner.engine.schema_is_there();
         store.reserve_numbers().await?;
         Ok(store)
     }
 
-    fn around(engine: Box<dyn Engine>, caches: Arc<Caches>, server_name: ServerName) -> Self {
+    fn around(
+        engine: Box<dyn Engine>,
+        caches: Arc<Caches>,
+        server_name: ServerName,
+        fan_out_direct_max: usize,
+    ) -> Self {
         Self {
             inner: Arc::new(Inner {
                 engine,
@@ -148,6 +158,7 @@ impl Store {
                 sequences: sequence::Sequences::default(),
                 caches,
                 server_name,
+                fan_out_direct_max,
             }),
         }
     }
@@ -160,12 +171,23 @@ impl Store {
         let engine = engine.ok_or_else(|| {
             Error::Refused("only a store with an executor can be opened again".to_owned())
         })?;
-        Ok(Self::around(engine, caches, self.inner.server_name.clone()))
+        let name = self.inner.server_name.clone();
+        Ok(Self::around(
+            engine,
+            caches,
+            name,
+            self.inner.fan_out_direct_max,
+        ))
     }
 
     /// Our own name.
     pub fn server_name(&self) -> &ServerName {
         &self.inner.server_name
+    }
+
+    /// See [`Options::fan_out_direct_max`].
+    pub fn fan_out_direct_max(&self) -> usize {
+        self.inner.fan_out_direct_max
     }
 
     /// Runs `f` on one snapshot. It may run again when a connection is lost.

@@ -7,8 +7,6 @@ use protocol::room_version::RoomVersion;
 
 use crate::driver::{Conn, Error, Result, Row, Value, texts};
 
-/// Servers that have their rows written with the event itself.
-const DIRECT_MAX: usize = 64;
 /// Rows that are written in one go for an event that goes to more, while other writers wait.
 const SPREAD_MAX: usize = 500;
 
@@ -196,14 +194,20 @@ pub enum Queued {
     ToBeSpread,
 }
 
-/// Puts a stored event into the outbox of each of these servers, or where they are many into one row: whoever
+/// Puts a stored event into the outbox of each of these servers, or where they are more than
+/// [`crate::Options::fan_out_direct_max`] into one row: whoever
 /// sends something to thousands of servers, or brings it, does not wait until each has a row of its own.
-pub fn enqueue_event(c: &mut dyn Conn, event: EventNid, servers: &[ServerName]) -> Result<Queued> {
+pub fn enqueue_event(
+    c: &mut dyn Conn,
+    event: EventNid,
+    servers: &[ServerName],
+    direct_max: usize,
+) -> Result<Queued> {
     if servers.is_empty() {
         return Ok(Queued::Waiting);
     }
     let first = numbers(c, servers.len())?;
-    if servers.len() > DIRECT_MAX {
+    if servers.len() > direct_max {
         let list: String = servers.iter().flat_map(|s| [s.as_str(), " "]).collect();
         c.execute(FAN_OUT, &[&first, &event, &list])?;
         return Ok(Queued::ToBeSpread);

@@ -64,6 +64,7 @@ pub struct Settings {
     pub race_send_join: bool,
     pub skew_ms: i64,
     pub slow_store: u64,
+    pub fan_out_direct_max: usize,
 }
 
 impl Server {
@@ -79,6 +80,7 @@ impl Server {
         let options = storage::Options {
             server_name: name.clone(),
             executor: Some(executor(&end, &chance, 0)),
+            fan_out_direct_max: settings.fan_out_direct_max,
             ..storage::Options::default()
         };
         let store = Store::open("sqlite::memory:", options).await;

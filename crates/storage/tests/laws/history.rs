@@ -158,8 +158,8 @@ pub async fn what_a_purged_room_owes_is_still_sent(database: &Database) {
     let (of_one, of_many, left) = fixture
         .store
         .write(move |c| {
-            queues::enqueue_event(c, newest, &[server("owed.org")])?;
-            let queued = queues::enqueue_event(c, join.nid, &many)?;
+            queues::enqueue_event(c, newest, &[server("owed.org")], 64)?;
+            let queued = queues::enqueue_event(c, join.nid, &many, 64)?;
             assert_eq!(queued, queues::Queued::ToBeSpread);
             purge::room(c, &room)?;
             assert_eq!(queues::spread(c)?, many);

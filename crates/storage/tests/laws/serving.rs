@@ -106,7 +106,7 @@ pub async fn what_goes_to_many_servers_is_spread_after_the_commit(database: &Dat
     let (newest, few) = (sent[1].nid, servers[..3].to_vec());
     let queued = fixture
         .store
-        .write(move |c| queues::enqueue_event(c, newest, &few));
+        .write(move |c| queues::enqueue_event(c, newest, &few, 64));
     assert_eq!(queued.await.unwrap(), Queued::Waiting);
     let mut spread: BTreeMap<ServerName, usize> = BTreeMap::new();
     for expected in [500, 500, 200, 500, 500, 200, 0] {
