@@ -30,10 +30,8 @@ const PAUSE_STRANGER_MS: i64 = 10_000;
 const PAUSE_MAX_MS: i64 = 3_600_000;
 /// At a start, servers that did not answer before are tried again over so long at least, and not all at once.
 const RESUMED_WITHIN_MS: i64 = 30_000;
-/// Destinations that begin with what they are sent, however many there are.
-const BEGIN_NOW_MAX: usize = 64;
-/// The others wait: beginning with one costs so much, waking one that has begun costs 1, and when so much is spent there
-/// is a pause. Two thousand begin in a second.
+/// Destinations beyond those that an event is queued for at once begin later: beginning with one costs so much, waking
+/// one that has begun costs 1, and when so much is spent there is a pause. At most two thousand begin in a second.
 const BEGIN_COST: usize = 64;
 const BEGIN_SPENT_MAX: usize = 4 * BEGIN_COST;
 const BEGIN_PAUSE: Duration = Duration::from_millis(2);
@@ -136,7 +134,8 @@ impl Outgoing<'_> {
     /// Makes sure that these destinations have a worker, and wakes it. Where they are many, those that are known
     /// to be alive come first, and most of them some time later.
     pub(crate) fn start(&self, servers: &[ServerName]) {
-        if servers.len() <= BEGIN_NOW_MAX {
+        let at_once = self.hs.store().fan_out_direct_max();
+        if servers.len() <= at_once {
             for server in servers {
                 self.start_one(server);
             }
@@ -146,7 +145,7 @@ impl Outgoing<'_> {
         let (alive, others): (Vec<_>, Vec<_>) =
             servers.iter().partition(|server| backoff.is_alive(server));
         let mut servers = alive.into_iter().chain(others);
-        for server in servers.by_ref().take(BEGIN_NOW_MAX) {
+        for server in servers.by_ref().take(at_once) {
             self.start_one(server);
         }
         let mut later = lock(&self.hs.queues().later);

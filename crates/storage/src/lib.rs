@@ -90,7 +90,8 @@ pub struct Options {
     /// Our own name: whose users are local, and who is never a destination.
     pub server_name: ServerName,
     pub cache: CacheBytes,
-    /// An event for more servers than this is not queued for each of them by the commit, but spread after it.
+    /// An event for more servers than this is not queued for each of them by the commit, but spread after it, and
+    /// no more of them are sent something at once.
     pub fan_out_direct_max: usize,
 }
 

@@ -195,8 +195,8 @@ pub enum Queued {
 }
 
 /// Puts a stored event into the outbox of each of these servers, or where they are more than
-/// [`crate::Options::fan_out_direct_max`] into one row: whoever
-/// sends something to thousands of servers, or brings it, does not wait until each has a row of its own.
+/// [`crate::Options::fan_out_direct_max`] into one row: whoever sends something to thousands of servers, or
+/// brings it, does not wait until each has a row of its own.
 pub fn enqueue_event(
     c: &mut dyn Conn,
     event: EventNid,
