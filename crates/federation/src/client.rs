@@ -92,6 +92,16 @@ impl Client {
         &self.inner.backoff
     }
 
+    /// Whether somebody listens there: for those who would have to make much ready for a server that may be gone.
+    /// Soon after this a request finds the way open.
+    pub async fn reach(&self, server: &ServerName) -> Result<(), AskError> {
+        let reached = self.inner.transport.reach(server).await;
+        reached.map_err(|error| {
+            self.inner.backoff.failed(server);
+            Failure::Transport(error).into()
+        })
+    }
+
     /// Any request with a JSON answer of at most `bytes_max`.
     pub async fn request<T: DeserializeOwned>(
         &self,

@@ -1,9 +1,10 @@
 //! The transport of real life: TLS over TCP, spoken by hyper.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName as TlsName};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tower::util::BoxCloneSyncService;
@@ -36,6 +38,9 @@ use crate::transport::{Request, Response, Transport, TransportError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Before the next address of a server is tried beside the last (RFC 8305).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
+/// A connection that was only opened to see whether somebody listens is kept this long for a request, and so many.
+const OPENED_KEPT_FOR: Duration = Duration::from_secs(2);
+const OPENED_MAX: usize = 64;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const IDLE_PER_SERVER_MAX: usize = 4;
 /// A pause in a body is never held against a server before this.
@@ -68,6 +73,7 @@ type Connector = BoxCloneSyncService<Uri, TokioIo<Tls>, ConnectError>;
 
 pub struct HyperTransport {
     client: Client<Connector, Full<Bytes>>,
+    dialer: Dialer,
     discovery: Arc<Discovery>,
 }
 
@@ -84,13 +90,15 @@ impl HyperTransport {
         let dialer = Dialer {
             tls: TlsConnector::from(Arc::new(tls_config(options)?)),
             ranges: Arc::new(options.ip_ranges.clone()),
+            opened: Arc::default(),
         };
         let web = PlainWeb {
             client: pooled(web_connector(dialer.clone(), dns.clone())),
         };
         let discovery = Arc::new(Discovery::new(dns, Arc::new(web)));
         Ok(Self {
-            client: pooled(federation_connector(dialer, discovery.clone())),
+            client: pooled(federation_connector(dialer.clone(), discovery.clone())),
+            dialer,
             discovery,
         })
     }
@@ -108,6 +116,21 @@ impl Transport for HyperTransport {
                 status: head.status,
                 headers: head.headers,
                 body: Box::pin(chunks(body, pause)),
+            })
+        })
+    }
+
+    fn reach(&self, to: &ServerName) -> BoxFuture<'_, Result<(), TransportError>> {
+        let to = to.clone();
+        Box::pin(async move {
+            let authority = self.discovery.delegate(&to).await;
+            let reached = match self.discovery.locate(&authority).await {
+                Ok(addresses) => self.dialer.reach(addresses).await,
+                Err(error) => Err(error.into()),
+            };
+            reached.map_err(|error| TransportError::Connect {
+                server: to,
+                reason: error.to_string(),
             })
         })
     }
@@ -238,52 +261,73 @@ fn web_connector(dialer: Dialer, dns: Arc<dyn Dns>) -> Connector {
 struct Dialer {
     tls: TlsConnector,
     ranges: Arc<IpRanges>,
+    opened: Arc<Mutex<HashMap<SocketAddr, (Instant, TcpStream)>>>,
 }
 
 impl Dialer {
     async fn connect(
         &self,
         host: &str,
-        mut addresses: Vec<SocketAddr>,
+        addresses: Vec<SocketAddr>,
     ) -> Result<TokioIo<Tls>, ConnectError> {
-        addresses.retain(|address| self.ranges.permits(address.ip()));
-        if addresses.is_empty() {
-            return Err(ConnectError::Denied);
-        }
         let name = match discovery::ip_literal(host) {
             Some(ip) => TlsName::IpAddress(ip.into()),
             None => TlsName::try_from(host.to_owned()).map_err(|_| ConnectError::BadName)?,
         };
-        tokio::time::timeout(CONNECT_TIMEOUT, self.race(&name, addresses))
+        self.race(addresses, |address| self.dial(name.clone(), address))
             .await
-            .map_err(|_| ConnectError::Timeout)?
+    }
+
+    /// Opens a connection to one of these, which the next request there begins with.
+    async fn reach(&self, addresses: Vec<SocketAddr>) -> Result<(), ConnectError> {
+        let open = async |address| Ok((address, open(address).await?));
+        let (address, stream) = self.race(addresses, open).await?;
+        let now = Instant::now();
+        let mut opened = self.opened();
+        if opened.len() >= OPENED_MAX {
+            opened.retain(|_, (since, _)| *since + OPENED_KEPT_FOR > now);
+        }
+        if opened.len() < OPENED_MAX {
+            opened.insert(address, (now, stream));
+        }
+        Ok(())
+    }
+
+    fn opened(&self) -> std::sync::MutexGuard<'_, HashMap<SocketAddr, (Instant, TcpStream)>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tries address after address, each a little later or when the last has failed; the first that
     /// comes through wins.
-    async fn race(
+    async fn race<T, F: Future<Output = Result<T, ConnectError>>>(
         &self,
-        name: &TlsName<'static>,
-        addresses: Vec<SocketAddr>,
-    ) -> Result<TokioIo<Tls>, ConnectError> {
+        mut addresses: Vec<SocketAddr>,
+        dial: impl Fn(SocketAddr) -> F,
+    ) -> Result<T, ConnectError> {
+        addresses.retain(|address| self.ranges.permits(address.ip()));
         let mut waiting = addresses.into_iter();
         let mut trying = FuturesUnordered::new();
         let mut failure = ConnectError::Denied;
-        loop {
-            match waiting.next() {
-                Some(address) => trying.push(self.dial(name.clone(), address)),
-                None if trying.is_empty() => return Err(failure),
-                None => {}
+        let first = async {
+            loop {
+                match waiting.next() {
+                    Some(address) => trying.push(dial(address)),
+                    None if trying.is_empty() => return Err(failure),
+                    None => {}
+                }
+                let more = waiting.len() > 0;
+                tokio::select! {
+                    Some(tried) = trying.next() => match tried {
+                        Ok(link) => return Ok(link),
+                        Err(error) => failure = error,
+                    },
+                    () = tokio::time::sleep(NEXT_ADDRESS_AFTER), if more => {}
+                }
             }
-            let more = waiting.len() > 0;
-            tokio::select! {
-                Some(tried) = trying.next() => match tried {
-                    Ok(link) => return Ok(link),
-                    Err(error) => failure = error,
-                },
-                () = tokio::time::sleep(NEXT_ADDRESS_AFTER), if more => {}
-            }
-        }
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, first)
+            .await
+            .map_err(|_| ConnectError::Timeout)?
     }
 
     async fn dial(
@@ -291,12 +335,26 @@ impl Dialer {
         name: TlsName<'static>,
         address: SocketAddr,
     ) -> Result<TokioIo<Tls>, ConnectError> {
-        let failed = |error| ConnectError::Io { address, error };
-        let stream = TcpStream::connect(address).await.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
-        let stream = self.tls.connect(name, stream).await.map_err(failed)?;
-        Ok(TokioIo::new(Tls(stream)))
+        let opened = self.opened().remove(&address);
+        if let Some((since, stream)) = opened
+            && since + OPENED_KEPT_FOR > Instant::now()
+            && let Ok(link) = self.tls.connect(name.clone(), stream).await
+        {
+            return Ok(TokioIo::new(Tls(link)));
+        }
+        let stream = open(address).await?;
+        match self.tls.connect(name, stream).await {
+            Ok(link) => Ok(TokioIo::new(Tls(link))),
+            Err(error) => Err(ConnectError::Io { address, error }),
+        }
     }
+}
+
+async fn open(address: SocketAddr) -> Result<TcpStream, ConnectError> {
+    let failed = |error| ConnectError::Io { address, error };
+    let stream = TcpStream::connect(address).await.map_err(failed)?;
+    stream.set_nodelay(true).map_err(failed)?;
+    Ok(stream)
 }
 
 /// A TLS stream that tells hyper which protocol was negotiated.

@@ -44,6 +44,12 @@ pub enum TransportError {
 /// Hyper in life, a scripted network in tests.
 pub trait Transport: Send + Sync + 'static {
     fn send(&self, request: Request) -> BoxFuture<'_, Result<Response, TransportError>>;
+
+    /// Whether somebody listens there at all, which costs less than to send something in vain. A transport that
+    /// can not tell says yes.
+    fn reach(&self, _to: &ServerName) -> BoxFuture<'_, Result<(), TransportError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 }
 
 /// Reads a body to its end, if that is within `bytes_max`.

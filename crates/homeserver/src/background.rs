@@ -1,7 +1,7 @@
 //! Work that outlives its request, and how it ends with the server.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -45,6 +45,60 @@ impl Drop for Counted {
         let mut kinds = self.hs.background().kinds();
         if let Some(count) = kinds.get_mut(self.kind) {
             *count -= 1;
+        }
+    }
+}
+
+/// Work of which one run goes on at a time, and looks again before it ends when there was more to do meanwhile.
+#[derive(Clone, Default)]
+pub(crate) struct OneRun(Arc<Mutex<Running>>);
+
+#[derive(Default)]
+struct Running {
+    running: bool,
+    again: bool,
+}
+
+/// The run that goes on, for as long as it lives.
+pub(crate) struct Run {
+    of: OneRun,
+    over: bool,
+}
+
+impl OneRun {
+    /// `None` when a run goes on, which then looks again.
+    pub fn begin(&self) -> Option<Run> {
+        let mut state = self.lock();
+        if state.running {
+            state.again = true;
+            return None;
+        }
+        state.running = true;
+        Some(Run {
+            of: self.clone(),
+            over: false,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Running> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Run {
+    /// Nothing is left to do, as far as this run has seen. Whether it is over: nothing came in the meantime.
+    pub fn end(&mut self) -> bool {
+        let mut state = self.of.lock();
+        self.over = !std::mem::take(&mut state.again);
+        state.running = !self.over;
+        self.over
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.over {
+            *self.of.lock() = Running::default();
         }
     }
 }
@@ -99,5 +153,25 @@ impl Homeserver {
         let mut kinds = self.background().kinds().clone();
         kinds.retain(|_, count| *count > 0);
         kinds
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_run_at_a_time_looks_again_for_what_came_meanwhile() {
+        let runs = OneRun::default();
+        let mut run = runs.begin().unwrap();
+        assert!(runs.begin().is_none());
+        assert!(!run.end());
+        assert!(run.end());
+        drop(run);
+        let cut_off = runs.begin().unwrap();
+        assert!(runs.begin().is_none());
+        drop(cut_off);
+        let mut run = runs.begin().unwrap();
+        assert!(run.end());
     }
 }

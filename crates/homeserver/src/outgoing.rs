@@ -4,16 +4,22 @@
 //!
 //! A destination has a worker while something waits for it. PDUs, and EDUs that must not be lost, wait in the
 //! store; typing, receipts and presence wait in memory and are dropped where nobody answers.
+//!
+//! A large room names thousands of servers that are gone for good. So for one that is not known to be alive nothing
+//! is read or signed before it is seen that somebody listens there, and failures are recorded many at a time.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protocol::id::{RoomId, ServerName};
+use room::effect::AskError;
 use serde_json::{Value, json};
-use storage::queues::{self, Cargo, Destination, Outgoing as Waiting};
+use storage::queues::{self, Cargo, Destination, Failed, Outgoing as Waiting, Patience};
+use tokio::sync::oneshot;
 
 use crate::Homeserver;
+use crate::background::{OneRun, Run};
 use crate::notifier::{Topic, Wakeups};
 
 /// PDUs and EDUs of one transaction (the spec's limits).
@@ -21,13 +27,17 @@ const PDUS_MAX: usize = 50;
 const EDUS_MAX: usize = 100;
 /// EDUs that may wait in memory for one destination; older ones go.
 const PASSING_MAX: usize = 200;
-/// While a destination is away, so many PDUs are kept for it; beyond, the newest of each room (P-44).
-const KEEP_MAX: i64 = 500;
-/// The first pause after a failure, doubled each time up to the longest.
-const PAUSE_FIRST_MS: i64 = 1_000;
-/// The same for a server that has never answered. A large room names many such, most of them gone for good.
-const PAUSE_STRANGER_MS: i64 = 10_000;
-const PAUSE_MAX_MS: i64 = 3_600_000;
+/// How long destinations that do not answer are left alone, and how much is kept for one of them (P-44).
+const PATIENCE: Patience = Patience {
+    first_ms: 1_000,
+    // A large room names many that never answer.
+    stranger_ms: 60_000,
+    max_ms: 3_600_000,
+    keep: 500,
+};
+/// Failures within this time are recorded together, at most so many in one commit.
+const RECORD_WITHIN: Duration = Duration::from_millis(100);
+const RECORD_MAX: usize = 1_000;
 /// At a start, servers that did not answer before are tried again over so long at least, and not all at once.
 const RESUMED_WITHIN_MS: i64 = 30_000;
 /// Destinations beyond those that an event is queued for at once begin later: beginning with one costs so much, waking
@@ -35,32 +45,36 @@ const RESUMED_WITHIN_MS: i64 = 30_000;
 const BEGIN_COST: usize = 64;
 const BEGIN_SPENT_MAX: usize = 4 * BEGIN_COST;
 const BEGIN_PAUSE: Duration = Duration::from_millis(2);
-/// The store did not take it.
-const SPREAD_AGAIN: Duration = Duration::from_secs(1);
+/// The store did not take it, or did not give it.
+const STORE_AGAIN: Duration = Duration::from_secs(1);
 /// A worker with nothing to do ends after this.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Default)]
 pub struct Queues {
     workers: Arc<Mutex<HashMap<ServerName, VecDeque<Value>>>>,
-    spread: Arc<Mutex<Spread>>,
+    /// One who gives events to many servers their places in the outboxes.
+    spreading: OneRun,
     later: Arc<Mutex<Later>>,
+    /// One who begins with those.
+    beginning: OneRun,
+    failures: Arc<Mutex<Vec<Failure>>>,
+    /// One who records these.
+    recording: OneRun,
 }
 
-/// Destinations that are to begin, and whether somebody sees to it.
+/// Destinations that are to begin.
 #[derive(Default)]
 struct Later {
     servers: VecDeque<ServerName>,
     /// The same ones: none waits twice.
     waiting: HashSet<ServerName>,
-    running: bool,
 }
 
-/// Whether events are being spread, and whether more came meanwhile.
-#[derive(Default)]
-struct Spread {
-    running: bool,
-    again: bool,
+/// A destination that did not answer, and the worker that waits to hear what becomes of it.
+struct Failure {
+    server: ServerName,
+    recorded: oneshot::Sender<Failed>,
 }
 
 /// The outgoing queues of one homeserver.
@@ -154,10 +168,11 @@ impl Outgoing<'_> {
                 later.servers.push_back(server.clone());
             }
         }
-        if !std::mem::replace(&mut later.running, true) {
+        drop(later);
+        if let Some(run) = self.hs.queues().beginning.begin() {
             let hs = self.hs.clone();
             self.hs
-                .spawn_until_stop("outgoing_start", async move { start_later(&hs).await });
+                .spawn_until_stop("outgoing_start", async move { start_later(&hs, run).await });
         }
     }
 
@@ -179,8 +194,10 @@ impl Outgoing<'_> {
 
     /// Gives events that go to many servers their places in the outboxes, and these their workers.
     pub(crate) fn spread(&self) {
-        if let Some(spreading) = Spreading::begin(self.hs) {
-            self.hs.spawn_until_stop("fan_out", spreading.run());
+        if let Some(run) = self.hs.queues().spreading.begin() {
+            let hs = self.hs.clone();
+            self.hs
+                .spawn_until_stop("fan_out", async move { spread(&hs, run).await });
         }
     }
 
@@ -191,7 +208,7 @@ impl Outgoing<'_> {
         let now = self.hs.clock().unix_ms();
         for (server, retry_at) in servers {
             let wait = retry_at.map(|at| {
-                let wait = (at - now).clamp(0, PAUSE_MAX_MS);
+                let wait = (at - now).clamp(0, PATIENCE.max_ms);
                 millis(wait + rand::random_range(0..=RESUMED_WITHIN_MS))
             });
             if let Some(wait) = wait {
@@ -218,73 +235,75 @@ impl Outgoing<'_> {
 }
 
 /// Some at a time: thousands that begin at once keep everybody else from the processor and the store.
-async fn start_later(hs: &Homeserver) {
+async fn start_later(hs: &Homeserver, mut run: Run) {
     loop {
         let mut spent = 0;
         while spent < BEGIN_SPENT_MAX {
             let mut later = lock(&hs.queues().later);
-            let Some(server) = later.servers.pop_front() else {
-                later.running = false;
-                return;
-            };
-            later.waiting.remove(&server);
+            let next = later.servers.pop_front();
+            if let Some(server) = &next {
+                later.waiting.remove(server);
+            }
             drop(later);
-            spent += match hs.outgoing().start_one(&server) {
-                true => BEGIN_COST,
-                false => 1,
-            };
+            match next {
+                Some(server) if hs.outgoing().start_one(&server) => spent += BEGIN_COST,
+                Some(_) => spent += 1,
+                None if run.end() => return,
+                None => {}
+            }
         }
         tokio::time::sleep(BEGIN_PAUSE).await;
     }
 }
 
-/// The one task that spreads events, for as long as it lives.
-struct Spreading {
-    hs: Homeserver,
-    /// Nothing was left, and that it does not run any more is noted.
-    ended: bool,
-}
-
-impl Spreading {
-    /// `None` when there is one, which then looks again before it ends.
-    fn begin(hs: &Homeserver) -> Option<Self> {
-        let mut spread = lock(&hs.queues().spread);
-        if spread.running {
-            spread.again = true;
-            return None;
-        }
-        spread.running = true;
-        Some(Self {
-            hs: hs.clone(),
-            ended: false,
-        })
-    }
-
-    async fn run(mut self) {
-        loop {
-            match self.hs.store().write(queues::spread).await {
-                Ok(servers) if servers.is_empty() => {
-                    let mut spread = lock(&self.hs.queues().spread);
-                    if !std::mem::take(&mut spread.again) {
-                        spread.running = false;
-                        self.ended = true;
-                        return;
-                    }
+async fn spread(hs: &Homeserver, mut run: Run) {
+    loop {
+        match hs.store().write(queues::spread).await {
+            Ok(servers) if servers.is_empty() => {
+                if run.end() {
+                    return;
                 }
-                Ok(servers) => self.hs.outgoing().start(&servers),
-                Err(error) => {
-                    tracing::error!(%error, "an event can not be spread to its servers");
-                    tokio::time::sleep(SPREAD_AGAIN).await;
-                }
+            }
+            Ok(servers) => hs.outgoing().start(&servers),
+            Err(error) => {
+                tracing::error!(%error, "an event can not be spread to its servers");
+                tokio::time::sleep(STORE_AGAIN).await;
             }
         }
     }
 }
 
-impl Drop for Spreading {
-    fn drop(&mut self) {
-        if !self.ended {
-            lock(&self.hs.queues().spread).running = false;
+fn first_of(failures: &mut Vec<Failure>) -> Vec<Failure> {
+    let count = failures.len().min(RECORD_MAX);
+    failures.drain(..count).collect()
+}
+
+/// Records failures some time after they come, so that one commit takes many. Whoever waits for one that could not
+/// be recorded hears nothing of it.
+async fn record(hs: &Homeserver, mut run: Run) {
+    loop {
+        tokio::time::sleep(RECORD_WITHIN).await;
+        let batch = first_of(&mut lock(&hs.queues().failures));
+        if batch.is_empty() {
+            if run.end() {
+                return;
+            }
+            continue;
+        }
+        let servers: Vec<_> = batch.iter().map(|failure| failure.server.clone()).collect();
+        let now = hs.clock().unix_ms();
+        let recorded = hs
+            .store()
+            .write(move |c| queues::failed(c, &servers, now, PATIENCE))
+            .await;
+        match recorded {
+            Ok(recorded) => {
+                for (failure, recorded) in batch.into_iter().zip(recorded) {
+                    // A stop may have cut it off.
+                    let _gone = failure.recorded.send(recorded);
+                }
+            }
+            Err(error) => tracing::error!(%error, "failures of destinations can not be recorded"),
         }
     }
 }
@@ -296,19 +315,22 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 async fn work(hs: &Homeserver, server: ServerName, pause: Option<Duration>) {
     let mut wakeups = Wakeups::new(hs.notifier(), [Topic::Destination(server.clone())]);
     let mut counter: u64 = 0;
+    // Whether there is something to send, as far as is known.
+    let mut waits = true;
     if let Some(pause) = pause {
         rest(hs, &server, pause, &mut wakeups).await;
     }
     loop {
         // In a box, so that a worker that rests takes hundreds of bytes and not thousands.
-        let sent = match Box::pin(deliver(hs, &server, &mut counter)).await {
+        let sent = match Box::pin(deliver(hs, &server, waits, &mut counter)).await {
             Ok(sent) => sent,
             Err(error) => {
                 tracing::error!(%server, %error, "the outbox can not be read");
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                tokio::time::sleep(STORE_AGAIN).await;
                 continue;
             }
         };
+        waits = true;
         match sent {
             Sent::Something => {}
             Sent::Nothing => {
@@ -320,7 +342,10 @@ async fn work(hs: &Homeserver, server: ServerName, pause: Option<Duration>) {
                     return;
                 }
             }
-            Sent::Failed(pause) => rest(hs, &server, pause, &mut wakeups).await,
+            Sent::Failed(failed) => {
+                waits = failed.waits;
+                rest(hs, &server, with_spread(failed.pause_ms), &mut wakeups).await;
+            }
         }
     }
 }
@@ -359,17 +384,27 @@ fn retire(hs: &Homeserver, server: &ServerName) -> bool {
 enum Sent {
     Something,
     Nothing,
-    Failed(Duration),
+    Failed(Failed),
 }
 
-async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> storage::Result<Sent> {
+async fn deliver(
+    hs: &Homeserver,
+    server: &ServerName,
+    waits: bool,
+    counter: &mut u64,
+) -> storage::Result<Sent> {
+    if waits
+        && !hs.client().backoff().is_alive(server)
+        && let Err(error) = hs.client().reach(server).await
+    {
+        return failed(hs, server, &error).await;
+    }
     let asked = server.clone();
     let limit = i64::try_from(PDUS_MAX + EDUS_MAX).unwrap_or(i64::MAX);
     let waiting = hs
         .store()
         .read(move |c| queues::waiting(c, &asked, limit))
         .await?;
-    let all_there_is = waiting.len() < PDUS_MAX + EDUS_MAX;
     let batch = Batch::of(waiting);
     let passing: Vec<Value> = {
         let mut workers = lock(&hs.queues().workers);
@@ -393,9 +428,7 @@ async fn deliver(hs: &Homeserver, server: &ServerName, counter: &mut u64) -> sto
         }
         Err(error) => {
             crate::metrics::transaction_sent("failed");
-            let pause = failed(hs, server, batch.is_empty(), all_there_is).await?;
-            tracing::info!(%server, ?error, pause_ms = pause.as_millis(), "a transaction did not arrive");
-            Ok(Sent::Failed(pause))
+            failed(hs, server, &error).await
         }
     }
 }
@@ -469,46 +502,32 @@ async fn settle(hs: &Homeserver, server: &ServerName, numbers: Vec<i64>) -> stor
         .await
 }
 
-/// Records the failure; how long to pause.
-async fn failed(
-    hs: &Homeserver,
-    server: &ServerName,
-    only_passing: bool,
-    all_there_is: bool,
-) -> storage::Result<Duration> {
-    let to = server.clone();
-    let now = hs.clock().unix_ms();
-    let interval = hs
-        .store()
-        .write(move |c| {
-            let mut state = queues::destination(c, &to)?.unwrap_or_default();
-            let first = match state.last_success_ms {
-                Some(_) => PAUSE_FIRST_MS,
-                None => PAUSE_STRANGER_MS,
-            };
-            let interval = state
-                .interval_ms
-                .map_or(first, |last| (last * 2).min(PAUSE_MAX_MS));
-            state.failing_since_ms.get_or_insert(now);
-            state.interval_ms = Some(interval);
-            state.retry_at_ms = Some(now + interval);
-            queues::save_destination(c, &to, &state)?;
-            if !all_there_is {
-                queues::trim(c, &to, KEEP_MAX)?;
-            }
-            Ok(interval)
-        })
-        .await?;
-    if only_passing {
-        // Nothing on disk waits for it; the next EDU starts a worker again.
+/// Has the failure recorded, and drops what may be lost when nothing else waits.
+async fn failed(hs: &Homeserver, server: &ServerName, error: &AskError) -> storage::Result<Sent> {
+    let (recorded, hear) = oneshot::channel();
+    lock(&hs.queues().failures).push(Failure {
+        server: server.clone(),
+        recorded,
+    });
+    if let Some(run) = hs.queues().recording.begin() {
+        let recorder = hs.clone();
+        hs.spawn_until_stop("failures", async move { record(&recorder, run).await });
+    }
+    let failed = hear.await.map_err(|_| storage::Error::Closed)?;
+    if !failed.waits {
+        // The next EDU starts a worker again.
         lock(&hs.queues().workers)
             .entry(server.clone())
             .or_default()
             .clear();
     }
-    // Some spread, so that not all servers of a dead proxy are tried in the same second.
-    let spread = rand::random_range(0..=interval / 4);
-    Ok(millis(interval + spread))
+    tracing::info!(%server, ?error, pause_ms = failed.pause_ms, "a destination did not answer");
+    Ok(Sent::Failed(failed))
+}
+
+/// Not all servers of a dead proxy are tried in the same second.
+fn with_spread(pause_ms: i64) -> Duration {
+    millis(pause_ms + rand::random_range(0..=pause_ms / 4))
 }
 
 fn millis(ms: i64) -> Duration {

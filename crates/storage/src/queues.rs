@@ -1,6 +1,8 @@
 //! What waits: PDUs staged for their room, the outbox of each destination, foreign keys, and the record of
 //! joins and resyncs.
 
+use std::collections::BTreeMap;
+
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::room_version::RoomVersion;
@@ -172,6 +174,11 @@ const DESTINATION: &str = "SELECT failing_since_ms, retry_at_ms, interval_ms, la
 const DESTINATIONS: &str =
     "SELECT server, failing_since_ms, retry_at_ms, interval_ms, last_success_ms
     FROM destinations ORDER BY server";
+const DESTINATIONS_OF: &str =
+    "SELECT server, failing_since_ms, retry_at_ms, interval_ms, last_success_ms
+    FROM destinations WHERE server IN (SELECT value FROM rarray_text($1))";
+const WAIT_FOR: &str = "SELECT server, COUNT(*) FROM outbox
+    WHERE server IN (SELECT value FROM rarray_text($1)) GROUP BY server";
 const SAVE_DESTINATION: &str = "INSERT INTO destinations
         (server, failing_since_ms, retry_at_ms, interval_ms, last_success_ms)
     VALUES ($1, $2, $3, $4, $5)
@@ -321,6 +328,79 @@ pub fn trim(c: &mut dyn Conn, server: &ServerName, keep: i64) -> Result<u64> {
     c.execute(TRIM, &[server])
 }
 
+/// How long destinations are left alone that do not answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// The first pause, doubled each time.
+    pub first_ms: i64,
+    /// The same for one that has never answered.
+    pub stranger_ms: i64,
+    pub max_ms: i64,
+    /// Where more waits, only the newest event of each room stays.
+    pub keep: i64,
+}
+
+/// What becomes of a destination that did not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// When it is to be tried again, from now on.
+    pub pause_ms: i64,
+    /// Whether anything waits for it here.
+    pub waits: bool,
+}
+
+/// Records that none of these answered, however many: what becomes of each, in their order.
+pub fn failed(
+    c: &mut dyn Conn,
+    servers: &[ServerName],
+    now_ms: i64,
+    patience: Patience,
+) -> Result<Vec<Failed>> {
+    let list = servers.to_vec();
+    let list = texts(&list);
+    let mut known = BTreeMap::new();
+    c.query(DESTINATIONS_OF, &[&list], &mut |row| {
+        known.insert(row.id::<ServerName>(0)?, read_destination(row, 1)?);
+        Ok(())
+    })?;
+    let mut waits = BTreeMap::new();
+    c.query(WAIT_FOR, &[&list], &mut |row| {
+        waits.insert(row.id::<ServerName>(0)?, row.int(1)?);
+        Ok(())
+    })?;
+    let mut states = Vec::with_capacity(servers.len());
+    let mut failed = Vec::with_capacity(servers.len());
+    for server in servers {
+        let mut state = known.get(server).cloned().unwrap_or_default();
+        let first_ms = match state.last_success_ms {
+            Some(_) => patience.first_ms,
+            None => patience.stranger_ms,
+        };
+        let pause_ms = state
+            .interval_ms
+            .map_or(first_ms, |last| (last * 2).min(patience.max_ms));
+        state.failing_since_ms.get_or_insert(now_ms);
+        state.interval_ms = Some(pause_ms);
+        state.retry_at_ms = Some(now_ms + pause_ms);
+        states.push(state);
+        let waits = waits.get(server).copied().unwrap_or(0);
+        if waits > patience.keep {
+            trim(c, server, patience.keep)?;
+        }
+        failed.push(Failed {
+            pause_ms,
+            waits: waits > 0,
+        });
+    }
+    let rows: Vec<Vec<Value<'_>>> = servers
+        .iter()
+        .zip(&states)
+        .map(|(server, state)| destination_row(server, state).to_vec())
+        .collect();
+    c.execute_many(SAVE_DESTINATION, &rows)?;
+    Ok(failed)
+}
+
 pub fn destination(c: &mut dyn Conn, server: &ServerName) -> Result<Option<Destination>> {
     c.query_opt(DESTINATION, &[server], |row| read_destination(row, 0))
 }
@@ -341,17 +421,18 @@ fn read_destination(row: &dyn Row, at: usize) -> Result<Destination> {
 }
 
 pub fn save_destination(c: &mut dyn Conn, server: &ServerName, state: &Destination) -> Result<()> {
-    c.execute(
-        SAVE_DESTINATION,
-        &[
-            server,
-            &state.failing_since_ms,
-            &state.retry_at_ms,
-            &state.interval_ms,
-            &state.last_success_ms,
-        ],
-    )?;
+    c.execute_many(SAVE_DESTINATION, &[destination_row(server, state).to_vec()])?;
     Ok(())
+}
+
+fn destination_row<'a>(server: &'a ServerName, state: &Destination) -> [Value<'a>; 5] {
+    [
+        Value::Text(server.as_str()),
+        state.failing_since_ms.into(),
+        state.retry_at_ms.into(),
+        state.interval_ms.into(),
+        state.last_success_ms.into(),
+    ]
 }
 
 // -- keys -----------------------------------------------------------------------------------------

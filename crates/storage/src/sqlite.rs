@@ -326,7 +326,10 @@ impl Conn for SqliteConn<'_> {
         each: &mut dyn FnMut(&dyn Row) -> Result<()>,
     ) -> Result<()> {
         let mut statement = prepare(self.connection, sql)?;
-        bind(&mut statement, |index| params.get(index).map(|p| p.value()))?;
+        let places = places(&statement)?;
+        bind(&mut statement, &places, |index| {
+            params.get(index).map(|p| p.value())
+        })?;
         let mut rows = statement.raw_query();
         while let Some(row) = rows.next().map_err(translate)? {
             each(&SqliteRow(row))?;
@@ -336,15 +339,19 @@ impl Conn for SqliteConn<'_> {
 
     fn execute(&mut self, sql: &str, params: &[&dyn Param]) -> Result<u64> {
         let mut statement = prepare(self.connection, sql)?;
-        bind(&mut statement, |index| params.get(index).map(|p| p.value()))?;
+        let places = places(&statement)?;
+        bind(&mut statement, &places, |index| {
+            params.get(index).map(|p| p.value())
+        })?;
         run_bound(&mut statement)
     }
 
     fn execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64> {
         let mut statement = prepare(self.connection, sql)?;
+        let places = places(&statement)?;
         let mut changed = 0;
         for row in rows {
-            bind(&mut statement, |index| row.get(index).copied())?;
+            bind(&mut statement, &places, |index| row.get(index).copied())?;
             changed += run_bound(&mut statement)?;
         }
         Ok(changed)
@@ -381,17 +388,25 @@ fn run_bound(statement: &mut rusqlite::CachedStatement<'_>) -> Result<u64> {
     Ok(count)
 }
 
-/// Binds `$n` to the n-th value, in whatever order the statement names them.
-fn bind<'v>(
-    statement: &mut rusqlite::CachedStatement<'_>,
-    value: impl Fn(usize) -> Option<Value<'v>>,
-) -> Result<()> {
-    for place in 1..=statement.parameter_count() {
-        let number = statement
+/// Which value goes where: statements may name `$n` in any order.
+fn places(statement: &rusqlite::CachedStatement<'_>) -> Result<Vec<usize>> {
+    let number = |place| {
+        statement
             .parameter_name(place)
             .and_then(|name| name.strip_prefix('$'))
             .and_then(|digits| digits.parse::<usize>().ok())
-            .ok_or_else(|| Error::engine("parameters must be written $1, $2, …"))?;
+            .ok_or_else(|| Error::engine("parameters must be written $1, $2, …"))
+    };
+    (1..=statement.parameter_count()).map(number).collect()
+}
+
+/// Binds `$n` to the n-th value.
+fn bind<'v>(
+    statement: &mut rusqlite::CachedStatement<'_>,
+    places: &[usize],
+    value: impl Fn(usize) -> Option<Value<'v>>,
+) -> Result<()> {
+    for (place, number) in (1..).zip(places) {
         let value = value(number - 1)
             .ok_or_else(|| Error::engine(format!("no value for parameter ${number}")))?;
         match list(value) {
@@ -499,7 +514,7 @@ mod tests {
         connection.execute_batch("CREATE TABLE t (n)").unwrap();
         let mut statement = prepare(&connection, "SELECT n FROM t ORDER BY n LIMIT $1").unwrap();
         for limit in 1..4 {
-            bind(&mut statement, |_| Some(Value::Int(limit))).unwrap();
+            bind(&mut statement, &[1], |_| Some(Value::Int(limit))).unwrap();
             assert!(statement.raw_query().next().unwrap().is_none());
         }
         assert_eq!(statement.get_status(StatementStatus::RePrepare), 0);

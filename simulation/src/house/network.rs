@@ -86,6 +86,9 @@ impl Faults {
 /// Pieces of a body that comes in drops.
 const DROPS_MAX: usize = 8;
 
+/// What it takes to see that somebody listens.
+const CONNECTS_IN: Duration = Duration::from_millis(20);
+
 pub struct Network {
     state: Mutex<State>,
 }
@@ -130,6 +133,15 @@ struct Fate {
     drops: Option<Duration>,
     cut_at: Option<u64>,
     lies: Lies,
+}
+
+impl State {
+    fn doors(&self, from: &ServerName, to: &ServerName) -> Option<Doors> {
+        let apart = self.partition.as_ref().is_some_and(|(a, b, until)| {
+            ((a, b) == (from, to) || (a, b) == (to, from)) && Instant::now() < *until
+        });
+        self.servers.get(to).cloned().filter(|_| !apart)
+    }
 }
 
 impl Network {
@@ -202,16 +214,18 @@ impl Network {
         self.lock().partition = Some((one.clone(), other.clone(), Instant::now() + time));
     }
 
+    /// What one server finds when it knocks at another's.
+    fn doors(&self, from: &ServerName, to: &ServerName) -> Option<Doors> {
+        self.lock().doors(from, to)
+    }
+
     /// All of a request's chance is drawn at once, so that what becomes of one does not depend on how the
     /// others fare.
     fn fate(&self, from: &ServerName, to: &ServerName) -> Fate {
         let mut state = self.lock();
         state.requests += 1;
         let number = state.requests;
-        let apart = state.partition.as_ref().is_some_and(|(a, b, until)| {
-            ((a, b) == (from, to) || (a, b) == (to, from)) && Instant::now() < *until
-        });
-        let doors = state.servers.get(to).cloned().filter(|_| !apart);
+        let doors = state.doors(from, to);
         let (faults, chance) = (state.faults, &mut state.chance);
         let way = |chance: &mut Chance| match chance.percent(faults.delay) {
             true => chance.millis(0, 40_000),
@@ -275,15 +289,33 @@ impl Transport for Link {
             answer
         })
     }
+
+    fn reach(&self, to: &ServerName) -> BoxFuture<'_, Result<(), TransportError>> {
+        let to = to.clone();
+        Box::pin(async move {
+            if self.end.is_cancelled() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(CONNECTS_IN).await;
+            match self.network.doors(&self.own, &to) {
+                Some(doors) if !doors.end.is_cancelled() => Ok(()),
+                _ => Err(nobody_listens(to)),
+            }
+        })
+    }
+}
+
+fn nobody_listens(server: ServerName) -> TransportError {
+    TransportError::Connect {
+        server,
+        reason: "nobody listens".into(),
+    }
 }
 
 async fn carry(link: &Link, fate: Fate, request: Request) -> Result<Response, TransportError> {
     tokio::time::sleep(fate.there).await;
     let Some(doors) = fate.doors.filter(|doors| !doors.end.is_cancelled()) else {
-        return Err(TransportError::Connect {
-            server: request.to,
-            reason: "nobody listens".into(),
-        });
+        return Err(nobody_listens(request.to));
     };
     if fate.refused {
         return Ok(bad_gateway());

@@ -42,20 +42,29 @@ impl Network {
     }
 }
 
+impl Network {
+    fn router(&self, to: &ServerName) -> Result<Router, TransportError> {
+        let cut = self.cut.lock().unwrap().contains(to);
+        let router = self.servers.lock().unwrap().get(to).cloned();
+        let nobody = || TransportError::Connect {
+            server: to.clone(),
+            reason: "nobody listens".into(),
+        };
+        router.filter(|_| !cut).ok_or_else(nobody)
+    }
+}
+
 impl Transport for Network {
+    fn reach(&self, to: &ServerName) -> BoxFuture<'_, Result<(), TransportError>> {
+        Box::pin(std::future::ready(self.router(to).map(drop)))
+    }
+
     fn send(&self, request: Request) -> BoxFuture<'_, Result<Response, TransportError>> {
-        let cut = self.cut.lock().unwrap().contains(&request.to);
-        let router = self.servers.lock().unwrap().get(&request.to).cloned();
-        let router = router.filter(|_| !cut);
+        let router = self.router(&request.to);
         let line = format!("{} {}", request.method, request.path_and_query);
         self.asked.lock().unwrap().push(line);
         Box::pin(async move {
-            let Some(router) = router else {
-                return Err(TransportError::Connect {
-                    server: request.to,
-                    reason: "nobody listens".into(),
-                });
-            };
+            let router = router?;
             let body = Body::from(request.body.unwrap_or_default());
             let mut incoming = axum::http::Request::new(body);
             *incoming.method_mut() = request.method;
