@@ -98,7 +98,9 @@ pub fn needed_keys(pdu: &Pdu) -> Vec<(ServerName, String)> {
 /// Check 2 for one event.
 pub fn verify_pdu(pdu: &Pdu, keys: &dyn Keys) -> Result<(), SignatureError> {
     let signed = pdu.signing_bytes();
-    for claim in claims(pdu, keys)? {
+    let mut found = Vec::new();
+    claims(pdu, keys, &mut found)?;
+    for claim in found {
         if !claim.key.verify(signed.as_bytes(), &claim.signature) {
             return Err(claim.wrong());
         }
@@ -114,90 +116,108 @@ pub fn verify_pdus(
     entropy: [u8; 32],
     verification: Verification,
 ) -> Vec<Result<(), SignatureError>> {
-    let claims: Vec<Result<Vec<Claim>, SignatureError>> =
-        pdus.iter().map(|(pdu, _)| claims(pdu, keys)).collect();
-    let items: Vec<Item<'_>> = claims
+    let mut claimed = Vec::with_capacity(pdus.len());
+    let counts: Vec<_> = pdus
         .iter()
-        .zip(pdus)
-        .flat_map(|(claims, (_, signed))| {
-            claims.iter().flatten().map(|claim| Item {
-                key: &claim.key,
-                message: signed.as_bytes(),
-                signature: &claim.signature,
-            })
+        .map(|(pdu, _)| {
+            let before = claimed.len();
+            claims(pdu, keys, &mut claimed).map(|()| claimed.len() - before)
         })
         .collect();
-    let mut verdicts = verify_batch(&items, entropy, verification).into_iter();
-    drop(items);
-    claims
+    let messages = counts.iter().zip(pdus).flat_map(|(count, (_, signed))| {
+        std::iter::repeat_n(signed.as_bytes(), *count.as_ref().unwrap_or(&0))
+    });
+    let items: Vec<Item<'_>> = claimed
+        .iter()
+        .zip(messages)
+        .map(|(claim, message)| Item {
+            key: &claim.key,
+            message,
+            signature: &claim.signature,
+        })
+        .collect();
+    let verdicts = verify_batch(&items, entropy, verification);
+    let mut judged = claimed.iter().zip(verdicts);
+    counts
         .into_iter()
-        .map(|claims| {
-            let claims = claims?;
-            let mut result = Ok(());
-            for claim in claims {
-                let right = verdicts.next().unwrap_or(false);
-                if !right && result.is_ok() {
-                    result = Err(claim.wrong());
-                }
-            }
-            result
+        .map(|count| {
+            let mut wrong = judged.by_ref().take(count?).filter(|(_, right)| !right);
+            let first = wrong.next();
+            wrong.for_each(drop);
+            first.map_or(Ok(()), |(claim, _)| Err(claim.wrong()))
         })
         .collect()
 }
 
 /// A signature whose key is known.
-struct Claim {
-    server: ServerName,
-    key_id: String,
+struct Claim<'p> {
+    server: &'p ServerName,
+    key_id: &'p str,
     key: VerifyKey,
     signature: [u8; 64],
 }
 
-impl Claim {
-    fn wrong(self) -> SignatureError {
+impl Claim<'_> {
+    fn wrong(&self) -> SignatureError {
         SignatureError::Wrong {
-            server: self.server,
-            key_id: self.key_id,
+            server: self.server.clone(),
+            key_id: self.key_id.to_owned(),
         }
     }
 }
 
-/// What has to be verified for an event: of each required server every signature whose key is known,
-/// which must be at least one.
-fn claims(pdu: &Pdu, keys: &dyn Keys) -> Result<Vec<Claim>, SignatureError> {
-    let mut claims = Vec::new();
-    for server in required_servers(pdu)? {
+/// Adds what has to be verified for an event: of each required server every signature whose key is known,
+/// which must be at least one. Nothing is added with an error.
+fn claims<'p>(
+    pdu: &'p Pdu,
+    keys: &dyn Keys,
+    claims: &mut Vec<Claim<'p>>,
+) -> Result<(), SignatureError> {
+    let all_before = claims.len();
+    let outcome = add_claims(pdu, keys, claims);
+    if outcome.is_err() {
+        claims.truncate(all_before);
+    }
+    outcome
+}
+
+fn add_claims<'p>(
+    pdu: &'p Pdu,
+    keys: &dyn Keys,
+    claims: &mut Vec<Claim<'p>>,
+) -> Result<(), SignatureError> {
+    for required in required_servers(pdu)? {
         let before = claims.len();
         let mut signed = false;
-        for (_, key_id, text) in pdu.signatures.iter().filter(|(by, ..)| *by == server) {
+        for (server, key_id, text) in pdu.signatures.iter().filter(|(by, ..)| *by == required) {
             if !is_server_key(key_id) {
                 continue;
             }
             signed = true;
-            let Some(key) = keys.key(&server, key_id, pdu.origin_server_ts, pdu.version) else {
+            let Some(key) = keys.key(server, key_id, pdu.origin_server_ts, pdu.version) else {
                 continue;
             };
             let Some(signature) = decode(text) else {
                 return Err(SignatureError::Wrong {
-                    server,
+                    server: required,
                     key_id: key_id.clone(),
                 });
             };
             claims.push(Claim {
-                server: server.clone(),
-                key_id: key_id.clone(),
+                server,
+                key_id,
                 key,
                 signature,
             });
         }
         if !signed {
-            return Err(SignatureError::Missing(server));
+            return Err(SignatureError::Missing(required));
         }
         if claims.len() == before {
-            return Err(SignatureError::UnknownKey(server));
+            return Err(SignatureError::UnknownKey(required));
         }
     }
-    Ok(claims)
+    Ok(())
 }
 
 /// A policy server's own events bear two signatures in its name.

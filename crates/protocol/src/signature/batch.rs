@@ -13,7 +13,7 @@ use curve25519_dalek::traits::{Identity as _, IsIdentity as _, VartimeMultiscala
 use sha2::{Digest as _, Sha512};
 
 use super::VerifyKey;
-use super::verify_key::is_small_order;
+use super::verify_key::{is_small_order, is_torsion_free};
 
 /// Enough to amortise the multiplication, small enough that one bad signature spoils little.
 const BATCH_MAX: usize = 4096;
@@ -24,11 +24,8 @@ const BATCH_MIN: usize = 128;
 /// How often a failed batch is halved before its rest is verified singly.
 const HALVINGS: u32 = 2;
 
-/// Subset sums, one for each bit of a `u64`.
-const SUMS: usize = 64;
-
-/// Points whose sums are tabled together: 32 sums for 5 bits at a time.
-const TABLED: usize = 5;
+/// Subset sums of all `R`s.
+const SUMS: u32 = 64;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verification {
@@ -62,15 +59,21 @@ pub fn verify_batch(
         return items.iter().map(Item::verify).collect();
     }
     let mut verdicts = vec![false; items.len()];
+    // A server's signatures stand together: a bad server spoils the fewest batches, and equal keys are one term of
+    // the equation.
+    let mut order: Vec<([u8; 32], usize)> = items
+        .iter()
+        .enumerate()
+        .map(|(at, item)| (*item.key.as_bytes(), at))
+        .collect();
+    order.sort_unstable();
     let mut entries = Vec::with_capacity(items.len());
-    for (at, item) in items.iter().enumerate() {
-        match Entry::new(at, item) {
+    for (_, at) in order {
+        match Entry::new(at, &items[at]) {
             Some(entry) => entries.push(entry),
-            None => verdicts[at] = item.verify(),
+            None => verdicts[at] = items[at].verify(),
         }
     }
-    // A server's signatures stand together, so that a bad server spoils the fewest batches.
-    entries.sort_by(|a, b| items[a.at].key.as_bytes().cmp(items[b.at].key.as_bytes()));
     let mut chance = Chance::new(entropy);
     // Batches of equal size rather than a small rest.
     let batches = entries.len().div_ceil(BATCH_MAX).max(1);
@@ -113,12 +116,11 @@ struct Entry {
     at: usize,
     r: EdwardsPoint,
     s: Scalar,
-    key: EdwardsPoint,
 }
 
 impl Entry {
     fn new(at: usize, item: &Item<'_>) -> Option<Self> {
-        let key = item.key.batch_point()?;
+        item.key.batch_point()?;
         let (r, s) = item.signature.split_at(32);
         let r: [u8; 32] = r.try_into().ok()?;
         // With the points of small order gone, an encoding is canonical if its y is below p.
@@ -129,7 +131,6 @@ impl Entry {
             at,
             r: CompressedEdwardsY(r).decompress()?,
             s: Option::from(Scalar::from_canonical_bytes(s.try_into().ok()?))?,
-            key,
         })
     }
 }
@@ -142,11 +143,15 @@ fn is_reduced(r: &[u8; 32]) -> bool {
 /// `8 (Σ z s) B = 8 Σ z R + 8 Σ (z h) A`, for random z of 128 bits.
 fn equation_holds(items: &[Item<'_>], entries: &[Entry], chance: &mut Chance) -> bool {
     let mut scalars = Vec::with_capacity(2 * entries.len() + 1);
-    let mut points = Vec::with_capacity(2 * entries.len() + 1);
+    let mut keys = Vec::new();
+    let mut key_scalars = Vec::new();
     let mut base = Scalar::ZERO;
-    // Entries are sorted by key, so that equal keys become one term.
-    let key_of = |entry: &Entry| items[entry.at].key.as_bytes();
+    // Entries are sorted by key.
+    let key_of = |entry: &Entry| items[entry.at].key;
     for of_one_key in entries.chunk_by(|a, b| key_of(a) == key_of(b)) {
+        let Some(key) = key_of(&of_one_key[0]).batch_point() else {
+            return false;
+        };
         let mut key_scalar = Scalar::ZERO;
         for entry in of_one_key {
             let item = &items[entry.at];
@@ -160,40 +165,52 @@ fn equation_holds(items: &[Item<'_>], entries: &[Entry], chance: &mut Chance) ->
             key_scalar += z * Scalar::from_bytes_mod_order_wide(&challenge);
             base -= z * entry.s;
             scalars.push(z);
-            points.push(entry.r);
         }
-        scalars.push(key_scalar);
-        points.push(of_one_key[0].key);
+        keys.push(key);
+        key_scalars.push(key_scalar);
     }
+    scalars.append(&mut key_scalars);
     scalars.push(base);
-    points.push(ED25519_BASEPOINT_POINT);
-    EdwardsPoint::vartime_multiscalar_mul(&scalars, &points)
+    let points = entries.iter().map(|entry| &entry.r).chain(&keys);
+    EdwardsPoint::vartime_multiscalar_mul(&scalars, points.chain([&ED25519_BASEPOINT_POINT]))
         .mul_by_cofactor()
         .is_identity()
 }
 
 /// Whether every `R` lies in the prime-order subgroup, but for a chance of 2^-64.
+///
+/// Which sums an `R` is in is drawn for some of them at a time. All with the same draw come into one heap, and the
+/// sums are made of heaps: for eight sums, 4,096 additions and twice 256.
 fn in_subgroup(entries: &[Entry], chance: &mut Chance) -> bool {
-    let mut sums = [EdwardsPoint::identity(); SUMS];
-    for chunk in entries.chunks(TABLED) {
-        let mut table = [EdwardsPoint::identity(); 1 << TABLED];
-        for (bit, entry) in chunk.iter().enumerate() {
-            for low in 0..1 << bit {
-                table[1 << bit | low] = table[low] + entry.r;
+    let at_a_time: u32 = if entries.len() < 512 { 4 } else { 8 };
+    let mut heaps = vec![EdwardsPoint::identity(); 1 << at_a_time];
+    for _ in 0..SUMS / at_a_time {
+        heaps.fill(EdwardsPoint::identity());
+        for drawn in entries.chunks((u64::BITS / at_a_time) as usize) {
+            let mut draws = chance.next_u64();
+            for entry in drawn {
+                let draw = (draws as usize) & (heaps.len() - 1);
+                draws >>= at_a_time;
+                if draw != 0 {
+                    heaps[draw] += entry.r;
+                }
             }
         }
-        let mut masks = [0_u64; TABLED];
-        for mask in &mut masks[..chunk.len()] {
-            *mask = chance.next_u64();
-        }
-        for (number, sum) in sums.iter_mut().enumerate() {
-            let subset = masks.iter().enumerate().fold(0, |subset, (bit, mask)| {
-                subset | usize::from(mask >> number & 1 == 1) << bit
-            });
-            *sum += table[subset];
+        // The upper half of what is left has the sum of the highest bit; without that bit it is part of the lower.
+        let mut left = heaps.as_mut_slice();
+        while left.len() > 1 {
+            let (lower, upper) = left.split_at_mut(left.len() / 2);
+            let sum: EdwardsPoint = upper.iter().sum();
+            if !is_torsion_free(&sum) {
+                return false;
+            }
+            for (lower, upper) in lower.iter_mut().zip(&*upper) {
+                *lower += upper;
+            }
+            left = lower;
         }
     }
-    sums.iter().all(EdwardsPoint::is_torsion_free)
+    true
 }
 
 /// Chance drawn out of the caller's entropy: SHA-512 in counter mode.

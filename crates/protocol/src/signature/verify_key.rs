@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock};
 use base64::Engine as _;
 use curve25519_dalek::constants::EIGHT_TORSION;
 use curve25519_dalek::edwards::EdwardsPoint;
+use curve25519_dalek::scalar::Scalar;
 use ed25519_dalek::{Signature, Verifier as _, VerifyingKey};
 
 use crate::hash::BASE64;
@@ -41,7 +42,7 @@ impl VerifyKey {
         Ok(Self(Arc::new(Inner {
             key,
             refused: point.is_small_order() || point.compress().to_bytes() != bytes,
-            torsion_free: point.is_torsion_free(),
+            torsion_free: is_torsion_free(&point),
         })))
     }
 
@@ -83,6 +84,13 @@ impl std::fmt::Debug for VerifyKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "VerifyKey({})", self.to_base64())
     }
+}
+
+/// Whether a point lies in the prime-order subgroup, in variable time: what is asked about is public. Of the group's
+/// order L only L - 1 is a scalar.
+pub(super) fn is_torsion_free(point: &EdwardsPoint) -> bool {
+    let times = EdwardsPoint::vartime_double_scalar_mul_basepoint;
+    times(&-Scalar::ONE, point, &Scalar::ZERO) == -point
 }
 
 /// Whether the `R` of a signature is one of the eight points of small order, sign bit aside. Other
