@@ -12,7 +12,7 @@ use futures::channel::oneshot;
 use futures::future::{BoxFuture, FutureExt, Shared, join_all};
 use protocol::id::ServerName;
 use protocol::room_version::RoomVersion;
-use protocol::signature::{Keys, VerifyKey, verify_json};
+use protocol::signature::{Keys, Verification, VerifyKey};
 use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -39,6 +39,8 @@ const NOTARY_AFTER: Duration = Duration::from_secs(3);
 const NOTARY_FLIGHTS_MAX: usize = 200;
 /// Servers named in one question to a notary.
 const NOTARY_SERVERS_MAX: usize = 200;
+/// Of its answer so many objects are verified before other work of the same thread goes on.
+const VERIFIED_AT_ONCE: usize = 200;
 /// Of more servers than this a notary is asked first, which takes one question where they take hundreds of
 /// connections, most of them to servers that are gone.
 const PREFETCH_DIRECT_MAX: usize = 50;
@@ -99,6 +101,7 @@ struct Inner {
     clock: UnixClock,
     notaries: Vec<ServerName>,
     own_old: Vec<OldKey>,
+    verification: Verification,
     known: moka::sync::Cache<ServerName, Arc<KnownKeys>>,
     asked: moka::sync::Cache<ServerName, Asked>,
     flights: Mutex<HashMap<ServerName, Flight>>,
@@ -212,6 +215,7 @@ impl KeyRing {
         clock: UnixClock,
         notaries: Vec<ServerName>,
         own_old: Vec<OldKey>,
+        verification: Verification,
     ) -> Self {
         let own = client.own_name().clone();
         Self {
@@ -221,6 +225,7 @@ impl KeyRing {
                 clock,
                 notaries: notaries.into_iter().filter(|n| *n != own).collect(),
                 own_old,
+                verification,
                 known: moka::sync::Cache::new(SERVERS_MAX),
                 asked: moka::sync::Cache::new(SERVERS_MAX),
                 flights: Mutex::new(HashMap::new()),
@@ -743,26 +748,25 @@ impl KeyRing {
         let objects = answer["server_keys"].as_array();
         let objects = objects.ok_or_else(|| useless("no server_keys".to_owned()))?;
         let notary_keys = self.notary_keys(notary).await.map_err(useless)?;
+        let objects = objects.iter().filter_map(|object| {
+            let object = object.as_object()?;
+            let name = object.get("server_name")?.as_str()?;
+            let server = ServerName::parse(name).ok()?;
+            wanted.contains_key(name).then_some((object, server))
+        });
+        let objects: Vec<_> = objects.collect();
         let mut rows = Vec::new();
-        for object in objects.iter().filter_map(Value::as_object) {
-            let Some(server) = object
-                .get("server_name")
-                .and_then(Value::as_str)
-                .filter(|name| wanted.contains_key(name))
-                .and_then(|name| ServerName::parse(name).ok())
-            else {
-                continue;
-            };
-            let vouched = notary_keys
-                .iter()
-                .any(|(id, key)| verify_json(object, notary, id, &key.key).is_ok());
-            if !vouched {
-                return Err(useless(format!("it did not sign the keys of {server}")));
+        for some in objects.chunks(VERIFIED_AT_ONCE) {
+            let (now_ms, verification) = (self.now_ms(), self.inner.verification);
+            let read = server_keys::read_vouched(some, notary, &notary_keys, now_ms, verification);
+            let read = read.map_err(|of| useless(format!("it did not sign the keys of {of}")))?;
+            for ((_, server), found) in some.iter().zip(read) {
+                match found {
+                    Ok(found) => rows.extend(found),
+                    Err(error) => tracing::debug!(%server, %error, "a notary gave bad keys"),
+                }
             }
-            match server_keys::read(object, &server, self.now_ms()) {
-                Ok(found) => rows.extend(found),
-                Err(error) => tracing::debug!(%server, %error, "a notary gave bad keys"),
-            }
+            tokio::task::yield_now().await;
         }
         Ok(rows)
     }
@@ -787,6 +791,8 @@ impl KeyRing {
 mod tests {
     use bytes::Bytes;
     use protocol::signature::SigningKey;
+
+    use protocol::signature::verify_json;
 
     use super::*;
     use crate::transport::{Method, Request, Response, StatusCode, Transport, TransportError};
@@ -892,7 +898,14 @@ mod tests {
         let client = Client::new(world.clone(), name(own), key_of(own));
         let notaries = notaries.iter().map(|n| name(n)).collect();
         let clock: UnixClock = Arc::new(|| NOW);
-        KeyRing::new(client, store.clone(), clock, notaries, Vec::new())
+        KeyRing::new(
+            client,
+            store.clone(),
+            clock,
+            notaries,
+            Vec::new(),
+            Verification::Batch,
+        )
     }
 
     fn want(server: &str, at_ms: i64) -> Wanted {

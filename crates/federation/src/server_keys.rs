@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use protocol::id::ServerName;
 use protocol::room_version::RoomVersion;
-use protocol::signature::{SigningKey, VerifyKey, verify_json};
+use protocol::signature::{
+    JsonClaim, SignatureError, SigningKey, Verification, VerifyKey, verify_jsons,
+};
 use serde_json::{Map, Value, json};
 
 const DAY_MS: i64 = 24 * 3600 * 1000;
@@ -69,13 +71,107 @@ pub enum BadKeys {
     NotSigned,
 }
 
+/// A server's key object and whose it is.
+pub type KeyObject<'a> = (&'a Map<String, Value>, ServerName);
+
 /// Reads a server's key object and checks that it is signed with a key of its own.
 pub fn read(
     object: &Map<String, Value>,
     server: &ServerName,
     now_ms: i64,
 ) -> Result<Vec<StoredKey>, BadKeys> {
-    use BadKeys::{Malformed, NotSigned, OtherServer};
+    let keys = parse(object, server, now_ms)?;
+    let verdicts = verify_jsons(&keys.claims(object, server), [0; 32], Verification::Single);
+    keys.if_signed(verdicts)
+}
+
+/// What a notary gave: the keys in each object that is signed with keys of its own, or the first server for whose
+/// keys this notary does not vouch.
+pub fn read_vouched<'o>(
+    objects: &'o [KeyObject<'_>],
+    notary: &ServerName,
+    notary_keys: &KnownKeys,
+    now_ms: i64,
+    verification: Verification,
+) -> Result<Vec<Result<Vec<StoredKey>, BadKeys>>, &'o ServerName> {
+    let read: Vec<_> = objects
+        .iter()
+        .map(|(object, server)| parse(object, server, now_ms))
+        .collect();
+    let claims: Vec<Vec<JsonClaim<'_>>> = objects
+        .iter()
+        .zip(&read)
+        .map(|((object, server), read)| {
+            let vouches = notary_keys.iter().map(|(key_id, known)| JsonClaim {
+                object,
+                server: notary,
+                key_id,
+                key: &known.key,
+            });
+            let own = read.iter().flat_map(|keys| keys.claims(object, server));
+            vouches.chain(own).collect()
+        })
+        .collect();
+    let all = claims.concat();
+    let mut verdicts = verify_jsons(&all, rand::random(), verification).into_iter();
+    let judged: Vec<(bool, Vec<_>)> = claims
+        .iter()
+        .map(|claims| {
+            let of_notary = verdicts.by_ref().take(notary_keys.len());
+            let vouched = of_notary.fold(false, |vouched, verdict| vouched | verdict.is_ok());
+            let own = claims.len() - notary_keys.len();
+            (vouched, verdicts.by_ref().take(own).collect())
+        })
+        .collect();
+    let unvouched = judged.iter().position(|(vouched, _)| !vouched);
+    if let Some(at) = unvouched {
+        return Err(&objects[at].1);
+    }
+    Ok(read
+        .into_iter()
+        .zip(judged)
+        .map(|(read, (_, own))| read?.if_signed(own))
+        .collect())
+}
+
+/// An object whose signatures are not checked so far.
+struct Parsed {
+    keys: Vec<StoredKey>,
+    /// How many of these are in use today, all in front: it must be signed with one of them, and rightly with all that
+    /// signed it.
+    current: usize,
+}
+
+impl Parsed {
+    fn claims<'a>(
+        &'a self,
+        object: &'a Map<String, Value>,
+        server: &'a ServerName,
+    ) -> Vec<JsonClaim<'a>> {
+        let current = self.keys[..self.current].iter();
+        let claims = current.map(|stored| JsonClaim {
+            object,
+            server,
+            key_id: &stored.key_id,
+            key: &stored.key,
+        });
+        claims.collect()
+    }
+
+    fn if_signed(
+        self,
+        verdicts: Vec<Result<(), SignatureError>>,
+    ) -> Result<Vec<StoredKey>, BadKeys> {
+        let wrong = |verdict: &Result<_, _>| matches!(verdict, Err(error) if !matches!(error, SignatureError::Missing(_)));
+        if verdicts.iter().any(wrong) || !verdicts.iter().any(Result::is_ok) {
+            return Err(BadKeys::NotSigned);
+        }
+        Ok(self.keys)
+    }
+}
+
+fn parse(object: &Map<String, Value>, server: &ServerName, now_ms: i64) -> Result<Parsed, BadKeys> {
+    use BadKeys::{Malformed, OtherServer};
     if object.get("server_name").and_then(Value::as_str) != Some(server.as_str()) {
         return Err(OtherServer);
     }
@@ -97,41 +193,32 @@ pub fn read(
         return Err(Malformed("too many keys"));
     }
 
-    let mut signed = false;
     let mut keys = Vec::new();
     let response: Arc<str> = Value::Object(object.clone()).to_string().into();
-    let row = |key_id: &str, key: &VerifyKey, valid_until_ms, old| StoredKey {
+    let row = |key_id: &str, key: VerifyKey, valid_until_ms, old| StoredKey {
         server: server.clone(),
         key_id: key_id.to_owned(),
-        key: key.clone(),
+        key,
         valid_until_ms,
         old,
         fetched_at_ms: now_ms,
         response: response.clone(),
     };
     for (key_id, entry) in verify_keys {
-        let Some(key) = public_key(key_id, entry) else {
-            continue;
-        };
-        match verify_json(object, server, key_id, &key) {
-            Ok(()) => signed = true,
-            Err(protocol::signature::SignatureError::Missing(_)) => {}
-            Err(_) => return Err(NotSigned),
+        if let Some(key) = public_key(key_id, entry) {
+            keys.push(row(key_id, key, valid_until_ms, false));
         }
-        keys.push(row(key_id, &key, valid_until_ms, false));
     }
-    if !signed {
-        return Err(NotSigned);
-    }
+    let current = keys.len();
     for (key_id, entry) in old_keys {
         let expired = entry.get("expired_ts").and_then(Value::as_i64);
         if let (Some(key), Some(expired)) = (public_key(key_id, entry), expired)
             && !verify_keys.contains_key(key_id)
         {
-            keys.push(row(key_id, &key, expired, true));
+            keys.push(row(key_id, key, expired, true));
         }
     }
-    Ok(keys)
+    Ok(Parsed { keys, current })
 }
 
 /// Keys of other algorithms are left out.
@@ -241,6 +328,60 @@ mod tests {
         foreign.remove("signatures");
         key(3).sign_json(&mut foreign, &name()).unwrap();
         assert_eq!(read(&foreign, &name(), NOW), Err(BadKeys::NotSigned));
+    }
+
+    #[test]
+    fn a_notary_gives_the_keys_of_many_at_once() {
+        let notary = ServerName::parse("notary.org").unwrap();
+        let vouching = key(200);
+        let known = KnownKey {
+            key: vouching.verify_key(),
+            valid_until_ms: NOW,
+            old: false,
+            fetched_at_ms: NOW,
+            response: "{}".into(),
+        };
+        let known = KnownKeys::from([(vouching.key_id().to_owned(), known)]);
+        let mut objects = Vec::new();
+        for number in 0..100 {
+            let server = ServerName::parse(&format!("s{number}.org")).unwrap();
+            let mut object = own(&server, &key(number), &[], NOW);
+            match number {
+                // It is vouched for, but not signed by itself.
+                40 => object["signatures"][server.as_str()] = json!({}),
+                41 => object["signatures"] = own(&server, &key(42), &[], NOW)["signatures"].clone(),
+                // Signed by itself, and with another object's signature.
+                43 => {
+                    let other = own(&server, &key(number), &[], NOW - 1);
+                    object["signatures"] = other["signatures"].clone();
+                }
+                _ => {}
+            }
+            vouching.sign_json(&mut object, &notary).unwrap();
+            objects.push((object, server));
+        }
+        let read = |objects: &[(Map<String, Value>, ServerName)], verification| {
+            let objects: Vec<_> = objects.iter().map(|(o, s)| (o, s.clone())).collect();
+            let read = read_vouched(&objects, &notary, &known, NOW, verification);
+            read.map_err(Clone::clone)
+        };
+        for verification in [Verification::Batch, Verification::Single] {
+            let found = read(&objects, verification).unwrap();
+            for (number, found) in found.iter().enumerate() {
+                let expected = read_one(&objects[number]);
+                assert_eq!(*found, expected, "{number}");
+                assert_eq!(found.is_err(), [40, 41, 43].contains(&number), "{number}");
+            }
+            let mut unvouched = objects.clone();
+            unvouched[7].0["signatures"]["notary.org"] = json!({});
+            assert_eq!(read(&unvouched, verification), Err(objects[7].1.clone()));
+        }
+    }
+
+    fn read_one(
+        (object, server): &(Map<String, Value>, ServerName),
+    ) -> Result<Vec<StoredKey>, BadKeys> {
+        read(object, server, NOW)
     }
 
     #[test]

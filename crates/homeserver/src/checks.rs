@@ -7,7 +7,7 @@ use std::time::Duration;
 use federation::keys::Wanted;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
-use protocol::signature::{self, SignatureError, Verification};
+use protocol::signature::{self, SignatureError};
 use room::effect::{BadPdu, Fault, RawPdu};
 
 use crate::Homeserver;
@@ -51,11 +51,7 @@ async fn check_batch(
         .collect();
     let wanted: Vec<_> = wanted.into_iter().collect();
     let keys = hs.keys().keys_for_events(&wanted, KEYS_DEADLINE).await;
-    let mode = if hs.config().join.batch_verification {
-        Verification::Batch
-    } else {
-        Verification::Single
-    };
+    let mode = hs.config().join.verification;
     let unvouched = keys.is_unvouched();
     let entropy: [u8; 32] = rand::random();
     on_cpu(hs, move || {

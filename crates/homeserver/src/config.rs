@@ -6,6 +6,7 @@ use std::time::Duration;
 use federation::IpRanges;
 use protocol::id::{ServerName, UserId};
 use protocol::room_version::RoomVersion;
+use protocol::signature::Verification;
 
 use crate::processor::Processor;
 
@@ -79,7 +80,7 @@ pub struct JoinSettings {
     /// After a resync, send the newest of our events to servers that it found in the room (O-2).
     pub tell_missed_servers: bool,
     /// Verify signatures in exact batches, or one at a time.
-    pub batch_verification: bool,
+    pub verification: Verification,
 }
 
 impl Default for JoinSettings {
@@ -90,7 +91,7 @@ impl Default for JoinSettings {
             ask_for_left_out: true,
             compare_donors: true,
             tell_missed_servers: true,
-            batch_verification: true,
+            verification: Verification::Batch,
         }
     }
 }

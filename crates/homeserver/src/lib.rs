@@ -157,6 +157,7 @@ impl Homeserver {
             unix_ms,
             config.trusted_key_servers.clone(),
             wire.old_keys,
+            config.join.verification,
         );
         let limits = limits::RateLimits::new(&config.limits);
         let outbound = outbound::Outbound::new(config.outbound_ip_ranges.clone());

@@ -115,6 +115,8 @@ pub(crate) struct Fetch {
     ids: Ids,
     /// Judged events that others stand on, stored or on their way there.
     auth: BTreeMap<EventId, Stood>,
+    /// Some of these have been stored since it was last looked whether they are still of use.
+    stored_more: bool,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
     /// Verified while a thought about those that wait was under way. They come to these after it: a thought
@@ -296,6 +298,7 @@ impl Fetch {
             stage: Stage::Thinking,
             ids: Ids::default(),
             auth: BTreeMap::new(),
+            stored_more: false,
             waiting: Pdus::new(),
             arrived: VecDeque::new(),
             chunk: CHUNK,
@@ -663,10 +666,12 @@ impl Fetch {
             return;
         }
         self.stood_on = None;
-        // Few members are stood on by what comes later; these are read again.
-        let ids = &self.ids;
-        self.auth
-            .retain(|id, stood| !is_member(&stood.pdu) || ids.is_coming(id));
+        if std::mem::take(&mut self.stored_more) {
+            // Few members are stood on by what comes later; these are read again.
+            let ids = &self.ids;
+            self.auth
+                .retain(|id, stood| !is_member(&stood.pdu) || ids.is_coming(id));
+        }
         self.facts.forget_found();
         let enough = self.flush_at.max(self.waiting.len() + self.chunk);
         while self.waiting.len() < enough
@@ -1010,6 +1015,7 @@ impl Fetch {
         for (pdu, known) in chunk {
             self.ids.store(&pdu.event_id, known);
         }
+        self.stored_more = true;
         if !rest.is_empty() {
             self.store(rest, out);
             return None;

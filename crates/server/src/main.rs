@@ -298,7 +298,10 @@ fn config_of(settings: &Settings) -> anyhow::Result<Config> {
         ask_for_left_out: settings.join.ask_for_left_out,
         compare_donors: settings.join.compare_donors,
         tell_missed_servers: settings.join.tell_missed_servers,
-        batch_verification: settings.join.verification == Verification::Batch,
+        verification: match settings.join.verification {
+            Verification::Batch => protocol::signature::Verification::Batch,
+            Verification::Single => protocol::signature::Verification::Single,
+        },
     };
     config.media_path.clone_from(&settings.media.path);
     config.media_upload_bytes_max = settings.media.max_upload_bytes;

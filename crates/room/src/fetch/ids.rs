@@ -33,6 +33,8 @@ pub(super) struct Ids {
     listed: Vec<(EventId, Entry)>,
     /// The beginnings of these ids, which stay in the processor's cache when a room's ids do not.
     beginnings: Vec<u64>,
+    /// Where among these those begin that have the same two characters in front, and the end; empty for few ids.
+    fronts: Vec<u32>,
     /// What came one by one.
     single: BTreeMap<EventId, Entry>,
     wanted: usize,
@@ -68,6 +70,7 @@ impl Ids {
             same
         });
         self.beginnings = all.iter().map(|(id, _)| beginning(id)).collect();
+        self.fronts = fronts(&self.beginnings);
         self.listed = all;
         let mut new = Vec::new();
         for (id, entry) in &mut self.listed {
@@ -188,8 +191,14 @@ impl Ids {
 
     fn place(&self, id: &EventId) -> Option<usize> {
         let wanted = beginning(id);
-        let from = self.beginnings.partition_point(|other| *other < wanted);
-        let rest = &self.beginnings[from..];
+        let front = front(wanted);
+        let range = match self.fronts.get(front..front + 2) {
+            Some(&[from, to]) => from as usize..to as usize,
+            _ => 0..self.beginnings.len(),
+        };
+        let near = &self.beginnings[range.clone()];
+        let from = range.start + near.partition_point(|other| *other < wanted);
+        let rest = &self.beginnings[from..range.end];
         // One, where ids are hashes.
         let alike = match rest {
             [first, second, ..] if *first == wanted && *second == wanted => {
@@ -211,6 +220,42 @@ fn beginning(id: &EventId) -> u64 {
         *byte = *character;
     }
     u64::from_be_bytes(bytes)
+}
+
+/// From so many ids on they are looked for by the two characters in front.
+const FRONTS_FROM: usize = 2_000;
+const ASCII_PRINTED: usize = 96;
+const FRONTS: usize = ASCII_PRINTED * ASCII_PRINTED;
+
+/// The two characters in front as a number that is in the order of the ids. Hashes are in printed ASCII; whatever is
+/// not comes to its ends.
+fn front(beginning: u64) -> usize {
+    let [first, second, ..] = beginning.to_be_bytes();
+    let printed = |byte: u8| usize::from(byte.clamp(0x20, 0x7f)) - 0x20;
+    match first {
+        ..0x20 => 0,
+        0x20..0x80 => printed(first) * ASCII_PRINTED + printed(second),
+        0x80.. => FRONTS - 1,
+    }
+}
+
+fn fronts(beginnings: &[u64]) -> Vec<u32> {
+    if beginnings.len() < FRONTS_FROM || u32::try_from(beginnings.len()).is_err() {
+        return Vec::new();
+    }
+    let mut at = 0;
+    let mut fronts = Vec::with_capacity(FRONTS + 1);
+    for wanted in 0..FRONTS {
+        while beginnings
+            .get(at)
+            .is_some_and(|other| front(*other) < wanted)
+        {
+            at += 1;
+        }
+        fronts.push(at as u32);
+    }
+    fronts.push(beginnings.len() as u32);
+    fronts
 }
 
 #[cfg(test)]
@@ -279,6 +324,27 @@ mod tests {
         }
         assert_eq!(ids.stored_count(), names.len());
         assert!(!ids.is_wanted(&id("abcdefgh3")) && !ids.is_wanted(&id("c")));
+    }
+
+    #[test]
+    fn ids_of_all_characters_are_found_in_a_long_list() {
+        let characters = "\u{1}\u{2} -0:AZ_az~\u{7f}éß";
+        let mut texts = Vec::new();
+        for first in characters.chars() {
+            for second in characters.chars() {
+                texts.extend((0..20).map(|number| format!("{first}{second}{number}")));
+            }
+        }
+        let all: Vec<_> = texts.iter().map(|text| id(text)).collect();
+        let (there, missing) = all.split_at(all.len() * 3 / 4);
+        let mut ids = Ids::default();
+        ids.add_source(0, there.iter().rev().cloned().collect(), Vec::new());
+        assert!(!ids.fronts.is_empty());
+        assert!(there.iter().all(|id| ids.is_wanted(id)));
+        assert!(!missing.iter().any(|id| ids.is_wanted(id)));
+        let mut ids = Ids::default();
+        ids.add_source(0, missing.to_vec(), Vec::new());
+        assert!(ids.fronts.is_empty() && missing.iter().all(|id| ids.is_wanted(id)));
     }
 
     #[test]
