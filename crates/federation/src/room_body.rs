@@ -8,10 +8,11 @@ use room::effect::{RawPdu, Section, SentJoin};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-/// A window is handed on when it has this many events…
-pub const WINDOW_EVENTS: usize = 2048;
+/// A window is handed on when it has this many events, which is one batch of signatures: the larger it is, the
+/// fewer terms of the batch are keys…
+pub const WINDOW_EVENTS: usize = 4096;
 /// …or this many bytes, whichever comes first.
-pub const WINDOW_BYTES: usize = 2 << 20;
+pub const WINDOW_BYTES: usize = 4 << 20;
 /// Synapse's cap too; Matrix HQ in 2022 was some 200 MB (J-49).
 pub const BODY_BYTES_MAX: usize = 500 << 20;
 /// Canonical events are at most 64 KiB; escapes and `unsigned` can make the wire form larger.

@@ -39,8 +39,8 @@ async fn check_batch(
     pdus: Vec<RawPdu>,
 ) -> Vec<Result<Arc<Pdu>, BadPdu>> {
     let parsed = on_cpu(hs, move || {
-        pdus.iter()
-            .map(|raw| parse(raw, version))
+        pdus.into_iter()
+            .map(|raw| parse(&raw, version))
             .collect::<Vec<_>>()
     })
     .await;

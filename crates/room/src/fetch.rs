@@ -58,7 +58,7 @@ pub(crate) const CHUNK: usize = 4000;
 /// Auth events asked for though no id list named them; somebody who makes up events could go on for ever.
 const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.
-const CHECKS_MAX: usize = 4;
+const CHECKS_MAX: usize = 2;
 /// How much may arrive while something else goes on, in commits.
 const ARRIVED_MAX: usize = 2;
 /// Events of one check of what was given.
