@@ -52,7 +52,7 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Default)]
 pub struct Queues {
-    workers: Arc<Mutex<HashMap<ServerName, VecDeque<Value>>>>,
+    workers: Arc<Mutex<HashMap<ServerName, Worker>>>,
     /// One who gives events to many servers their places in the outboxes.
     spreading: OneRun,
     later: Arc<Mutex<Later>>,
@@ -61,6 +61,14 @@ pub struct Queues {
     failures: Arc<Mutex<Vec<Failure>>>,
     /// One who records these.
     recording: OneRun,
+}
+
+#[derive(Default)]
+struct Worker {
+    /// EDUs that may be lost.
+    passing: VecDeque<Value>,
+    /// Until a time, or until the server is heard of. It looks for what came meanwhile by itself.
+    rests: bool,
 }
 
 /// Destinations that are to begin.
@@ -103,18 +111,15 @@ impl Outgoing<'_> {
         let edu = json!({ "edu_type": kind, "content": content });
         for server in self.others(servers) {
             let mut workers = lock(&self.hs.queues().workers);
-            if let Some(queue) = workers.get_mut(&server) {
-                if queue.len() == PASSING_MAX {
-                    queue.pop_front();
-                }
-                queue.push_back(edu.clone());
-                drop(workers);
-                self.hs.notifier().wake(&Topic::Destination(server));
-            } else {
-                workers.insert(server.clone(), VecDeque::from([edu.clone()]));
-                drop(workers);
-                self.spawn(server, None);
+            let running = workers.contains_key(&server);
+            let worker = workers.entry(server.clone()).or_default();
+            if worker.passing.len() == PASSING_MAX {
+                worker.passing.pop_front();
             }
+            worker.passing.push_back(edu.clone());
+            let rests = worker.rests;
+            drop(workers);
+            self.start_or_wake(&server, running, rests);
         }
     }
 
@@ -180,16 +185,19 @@ impl Outgoing<'_> {
     fn start_one(&self, server: &ServerName) -> bool {
         let mut workers = lock(&self.hs.queues().workers);
         let running = workers.contains_key(server);
-        if !running {
-            workers.insert(server.clone(), VecDeque::new());
-        }
+        let rests = workers.entry(server.clone()).or_default().rests;
         drop(workers);
-        if running {
-            self.hs.notifier().wake(&Topic::Destination(server.clone()));
-        } else {
-            self.spawn(server.clone(), None);
-        }
+        self.start_or_wake(server, running, rests);
         !running
+    }
+
+    fn start_or_wake(&self, server: &ServerName, running: bool, rests: bool) {
+        let taken_for_dead = || self.hs.client().backoff().failing(server).is_some();
+        match running {
+            true if rests && taken_for_dead() => {}
+            true => self.hs.notifier().wake(&Topic::Destination(server.clone())),
+            false => self.spawn(server.clone(), None),
+        }
     }
 
     /// Gives events that go to many servers their places in the outboxes, and these their workers.
@@ -214,7 +222,7 @@ impl Outgoing<'_> {
             if let Some(wait) = wait {
                 self.hs.client().backoff().resume(&server, wait);
             }
-            lock(&self.hs.queues().workers).insert(server.clone(), VecDeque::new());
+            lock(&self.hs.queues().workers).insert(server.clone(), Worker::default());
             self.spawn(server, wait);
         }
         Ok(())
@@ -352,11 +360,18 @@ async fn work(hs: &Homeserver, server: ServerName, pause: Option<Duration>) {
 
 /// Waits, or until somebody hears of the server.
 async fn rest(hs: &Homeserver, server: &ServerName, pause: Duration, wakeups: &mut Wakeups) {
+    let note = |rests| {
+        if let Some(worker) = lock(&hs.queues().workers).get_mut(server) {
+            worker.rests = rests;
+        }
+    };
+    note(true);
     tokio::select! {
         biased;
         () = tokio::time::sleep(pause) => {}
         () = heard_of(hs, server, wakeups) => {}
     }
+    note(false);
 }
 
 /// Returns when the server is no longer taken for dead: somebody heard of it.
@@ -373,7 +388,7 @@ async fn heard_of(hs: &Homeserver, server: &ServerName, wakeups: &mut Wakeups) {
 fn retire(hs: &Homeserver, server: &ServerName) -> bool {
     let mut workers = lock(&hs.queues().workers);
     match workers.get(server) {
-        Some(queue) if !queue.is_empty() => false,
+        Some(worker) if !worker.passing.is_empty() => false,
         _ => {
             workers.remove(server);
             true
@@ -408,7 +423,7 @@ async fn deliver(
     let batch = Batch::of(waiting);
     let passing: Vec<Value> = {
         let mut workers = lock(&hs.queues().workers);
-        let queue = workers.entry(server.clone()).or_default();
+        let queue = &mut workers.entry(server.clone()).or_default().passing;
         let room = EDUS_MAX.saturating_sub(batch.edus.len()).min(queue.len());
         queue.drain(..room).collect()
     };
@@ -519,6 +534,7 @@ async fn failed(hs: &Homeserver, server: &ServerName, error: &AskError) -> stora
         lock(&hs.queues().workers)
             .entry(server.clone())
             .or_default()
+            .passing
             .clear();
     }
     tracing::info!(%server, ?error, pause_ms = failed.pause_ms, "a destination did not answer");
