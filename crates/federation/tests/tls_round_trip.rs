@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -43,6 +44,8 @@ struct Server {
     address: SocketAddr,
     /// PEM file of the authority that signed its certificate.
     authority: tempfile::NamedTempFile,
+    /// How many connections it took.
+    taken: Arc<AtomicUsize>,
 }
 
 /// Answers with the protocol, the method, the target, the Host and the length of the body.
@@ -87,8 +90,11 @@ async fn serve(names: &[&str], alpn: &[&[u8]]) -> Server {
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let taken = Arc::<AtomicUsize>::default();
+    let taking = Arc::clone(&taken);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
+            taking.fetch_add(1, Ordering::Relaxed);
             let acceptor = acceptor.clone();
             tokio::spawn(async move {
                 // A client that does not trust us hangs up: that is one of the tests.
@@ -103,7 +109,11 @@ async fn serve(names: &[&str], alpn: &[&[u8]]) -> Server {
     });
     let authority = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(authority.path(), ca_cert.pem()).unwrap();
-    Server { address, authority }
+    Server {
+        address,
+        authority,
+        taken,
+    }
 }
 
 fn transport(server: &Server, verify_tls: bool, allow: &[&str]) -> HyperTransport {
@@ -170,6 +180,7 @@ async fn an_unknown_authority_is_refused_unless_told_otherwise() {
     let deceived = Server {
         address: server.address,
         authority: other.authority,
+        taken: Arc::default(),
     };
     let strict = ask(&transport(&deceived, true, &["127.0.0.0/8"]), "a.test").await;
     assert!(
@@ -196,13 +207,54 @@ async fn a_closed_port_is_a_failure_to_connect() {
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = closed.local_addr().unwrap();
     drop(closed);
-    let nobody = Server {
-        address,
-        authority: server.authority,
-    };
-    let answer = ask(&transport(&nobody, true, &["127.0.0.0/8"]), "a.test").await;
+    let nobody = Server { address, ..server };
+    let transport = transport(&nobody, true, &["127.0.0.0/8"]);
+    let reached = transport.reach(&ServerName::parse("a.test").unwrap()).await;
+    assert!(
+        matches!(reached, Err(TransportError::Connect { .. })),
+        "{reached:?}"
+    );
+    let answer = ask(&transport, "a.test").await;
     assert!(
         matches!(answer, Err(TransportError::Connect { .. })),
         "{answer:?}"
     );
+}
+
+#[tokio::test]
+async fn the_connection_that_shows_that_somebody_listens_serves_the_next_request() {
+    let server = serve(&["a.test"], &[b"h2"]).await;
+    let name = ServerName::parse("a.test").unwrap();
+    let transport = transport(&server, true, &["127.0.0.0/8"]);
+    transport.reach(&name).await.unwrap();
+    let answer = ask(&transport, "a.test").await.unwrap();
+    assert!(answer.starts_with("HTTP/2.0 PUT"), "{answer}");
+    assert_eq!(server.taken.load(Ordering::Relaxed), 1);
+    let denied = self::transport(&server, true, &[]).reach(&name).await;
+    assert!(
+        matches!(&denied, Err(TransportError::Connect { reason, .. }) if reason.contains("not allowed")),
+        "{denied:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_connection_that_was_closed_meanwhile_is_opened_anew() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let name = ServerName::parse("a.test").unwrap();
+    let server = serve(&["a.test"], &[]).await;
+    let front = server.address;
+    let at = Server { address, ..server };
+    let transport = transport(&at, true, &["127.0.0.0/8"]);
+    transport.reach(&name).await.unwrap();
+    drop(listener.accept().await.unwrap());
+    let relay = async {
+        let (mut here, _) = listener.accept().await.unwrap();
+        let mut there = tokio::net::TcpStream::connect(front).await.unwrap();
+        let _end = tokio::io::copy_bidirectional(&mut here, &mut there).await;
+    };
+    tokio::select! {
+        answer = ask(&transport, "a.test") => assert!(answer.unwrap().contains("PUT")),
+        () = relay => panic!("the relay ended first"),
+    }
 }

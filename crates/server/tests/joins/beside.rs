@@ -1,8 +1,10 @@
 //! What comes with a join: aliases, devices, history, typing, presence, summaries: U-34, U-48 to U-50, U-52.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use storage::queues;
 
 use crate::network::Network;
 use crate::stage::Stage;
@@ -118,6 +120,47 @@ async fn u_48_news_of_devices_outlive_a_restart() {
     let a = start(&network, "a.test").await;
     let b = start(&network, "b.test").await;
     check_outage(&network, &a, &b, true).await;
+}
+
+/// Until one server has not reached the other so often in a row.
+async fn until_failed(from: &Server, to: &Server, times: u32) {
+    let store = from.store();
+    for _ in 0..1_000 {
+        let name = to.name.clone();
+        let state = store.read(move |c| queues::destination(c, &name)).await;
+        let interval = state.unwrap().and_then(|state| state.interval_ms);
+        if interval >= Some(1_000 << (times - 1)) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("it was not tried {times} times");
+}
+
+#[tokio::test]
+async fn nothing_is_sent_to_a_server_where_nobody_listens() {
+    let network = Arc::<Network>::default();
+    let a = start(&network, "a.test").await;
+    let b = start(&network, "b.test").await;
+    let (alice, bob) = (a.register("alice").await, b.register("bob").await);
+    let room = alice.public_room().await;
+    bob.join(&room, "a.test").await;
+    let mut said = vec![alice.say(&room, "hello").await];
+    until_event(&bob, &room, &said[0]).await;
+
+    network.cut(&b.name);
+    said.push(alice.say(&room, "anybody").await);
+    // It was alive a moment ago, and is sent that in vain; what comes after is only to see whether it is back.
+    until_failed(&a, &b, 1).await;
+    let sent = network.count("/federation/v1/send/");
+    until_failed(&a, &b, 3).await;
+    assert_eq!(network.count("/federation/v1/send/"), sent);
+    said.push(alice.say(&room, "again").await);
+    network.mend(&b.name);
+    bob.say(&room, "back").await;
+    for event in &said {
+        until_event(&bob, &room, event).await;
+    }
 }
 
 /// All messages that a user can page back to, the newest first.

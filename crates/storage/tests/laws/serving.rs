@@ -8,8 +8,8 @@ use protocol::nid::EventNid;
 use room::write::{FanOut, WriteSet};
 use serde_json::json;
 use storage::apply::apply;
-use storage::queues::{self, Cargo, Queued};
-use storage::{Store, rooms, state_log};
+use storage::queues::{self, Cargo, Destination, Failed, Patience, Queued};
+use storage::{Conn, Store, rooms, state_log};
 
 use super::rooms::{Fixture, outlier, server};
 use crate::engines::Database;
@@ -82,7 +82,7 @@ pub async fn an_auth_chain_is_the_same_with_and_without_the_log(database: &Datab
     assert_eq!(told(&fixture.store, &fixture, &nids).await, whole);
     if database.lasting {
         assert_eq!(told(&database.open().await, &fixture, &nids).await, whole);
-        let drop = |c: &mut dyn storage::Conn| c.execute("DELETE FROM state_log", &[]);
+        let drop = |c: &mut dyn Conn| c.execute("DELETE FROM state_log", &[]);
         assert_eq!(fixture.store.write(drop).await.unwrap(), 5);
         assert_eq!(told(&database.open().await, &fixture, &nids).await, whole);
     }
@@ -124,5 +124,73 @@ pub async fn what_goes_to_many_servers_is_spread_after_the_commit(database: &Dat
         let waiting: Vec<Cargo> = waiting.await.unwrap().into_iter().map(|w| w.what).collect();
         let expected: Vec<Cargo> = expected.into_iter().map(pdu).collect();
         assert_eq!(waiting, expected);
+    }
+}
+
+pub async fn failures_of_many_destinations_are_recorded_at_once(database: &Database) {
+    const PATIENCE: Patience = Patience {
+        first_ms: 10,
+        stranger_ms: 100,
+        max_ms: 250,
+        keep: 3,
+    };
+    let mut fixture = Fixture::joined(database).await;
+    let [known, stranger, idle, far_behind] =
+        ["known.org", "stranger.org", "idle.org", "behind.org"].map(server);
+    let mut sent = Vec::new();
+    for n in 0..4 {
+        let content = json!({ "n": n });
+        let alice = "@alice:localhost";
+        let (made, state) = fixture.make(alice, "m.room.message", None, content).await;
+        let mut writes = fixture.appending(&made, state);
+        let some = [known.clone(), stranger.clone()];
+        let few = some.into_iter().filter(|_| n == 0);
+        writes.events[0].fan_out = FanOut::Servers(few.chain([far_behind.clone()]).collect());
+        fixture.commit(writes).await.unwrap();
+        sent.push(made);
+    }
+    let answered = Destination {
+        last_success_ms: Some(1),
+        ..Destination::default()
+    };
+    let (name, state) = (known.clone(), answered.clone());
+    let save = fixture
+        .store
+        .write(move |c| queues::save_destination(c, &name, &state));
+    save.await.unwrap();
+    let all = [known, stranger, idle, far_behind];
+    for (now_ms, pauses) in [
+        (1_000, [10, 100, 100, 100]),
+        (2_000, [20, 200, 200, 200]),
+        (3_000, [40, 250, 250, 250]),
+    ] {
+        let servers = all.clone();
+        let failed = move |c: &mut dyn Conn| queues::failed(c, &servers, now_ms, PATIENCE);
+        let failed = fixture.store.write(failed).await.unwrap();
+        let waits = [true, true, false, true];
+        let expected = pauses.into_iter().zip(waits);
+        let expected: Vec<_> = expected
+            .map(|(pause_ms, waits)| Failed { pause_ms, waits })
+            .collect();
+        assert_eq!(failed, expected);
+        let stored = fixture.store.read(queues::destinations).await.unwrap();
+        let stored: BTreeMap<_, _> = stored.into_iter().collect();
+        for (server, pause_ms) in all.iter().zip(pauses) {
+            let expected = Destination {
+                failing_since_ms: Some(1_000),
+                retry_at_ms: Some(now_ms + pause_ms),
+                interval_ms: Some(pause_ms),
+                last_success_ms: answered.last_success_ms.filter(|_| *server == all[0]),
+            };
+            assert_eq!(stored[server], expected, "{server}");
+        }
+    }
+    // Of more than is kept only the newest of a room stays.
+    for (server, expected) in [(&all[0], vec![0]), (&all[3], vec![3])] {
+        let asked = server.clone();
+        let waiting = fixture.store.read(move |c| queues::waiting(c, &asked, 10));
+        let waiting: Vec<Cargo> = waiting.await.unwrap().into_iter().map(|w| w.what).collect();
+        let pdu = |nth: usize| Cargo::Pdu(sent[nth].pdu.json.to_string());
+        assert_eq!(waiting, expected.into_iter().map(pdu).collect::<Vec<_>>());
     }
 }
