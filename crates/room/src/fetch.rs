@@ -115,8 +115,8 @@ pub(crate) struct Fetch {
     ids: Ids,
     /// Judged events that others stand on, stored or on their way there.
     auth: BTreeMap<EventId, Stood>,
-    /// Some of these have been stored since it was last looked whether they are still of use.
-    stored_more: bool,
+    /// Members among these, stored: few are stood on by what comes later, and these are read again.
+    rarely_stood_on: Vec<EventId>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
     /// Verified while a thought about those that wait was under way. They come to these after it: a thought
@@ -298,7 +298,7 @@ impl Fetch {
             stage: Stage::Thinking,
             ids: Ids::default(),
             auth: BTreeMap::new(),
-            stored_more: false,
+            rarely_stood_on: Vec::new(),
             waiting: Pdus::new(),
             arrived: VecDeque::new(),
             chunk: CHUNK,
@@ -666,11 +666,8 @@ impl Fetch {
             return;
         }
         self.stood_on = None;
-        if std::mem::take(&mut self.stored_more) {
-            // Few members are stood on by what comes later; these are read again.
-            let ids = &self.ids;
-            self.auth
-                .retain(|id, stood| !is_member(&stood.pdu) || ids.is_coming(id));
+        for id in self.rarely_stood_on.drain(..) {
+            self.auth.remove(&id);
         }
         self.facts.forget_found();
         let enough = self.flush_at.max(self.waiting.len() + self.chunk);
@@ -815,11 +812,15 @@ impl Fetch {
         if self.body.is_none() || self.asked_ahead.len() >= AHEAD_MAX {
             return Vec::new();
         }
-        let mut dependents: BTreeMap<&EventId, usize> = BTreeMap::new();
+        let unasked = |id: &&EventId| !self.ids.is_here(id) && !self.asked_ahead.contains(*id);
+        let missing = stood_on.iter().filter(unasked).map(|id| (id, 0));
+        let mut dependents: BTreeMap<&EventId, usize> = missing.collect();
+        if dependents.is_empty() {
+            return Vec::new();
+        }
         for id in self.waiting.values().flat_map(|pdu| &pdu.auth_events) {
-            let missing = stood_on.contains(id) && !self.ids.is_here(id);
-            if missing && !self.asked_ahead.contains(id) {
-                *dependents.entry(id).or_default() += 1;
+            if let Some(count) = dependents.get_mut(id) {
+                *count += 1;
             }
         }
         let mut dependents: Vec<_> = dependents.into_iter().collect();
@@ -897,6 +898,9 @@ impl Fetch {
                 }
                 let rejected = found.known.rejected;
                 let pdu = found.pdu;
+                if is_member(&pdu) {
+                    self.rarely_stood_on.push(id.clone());
+                }
                 self.auth.insert(id, Stood { pdu, rejected });
             }
         }
@@ -1014,8 +1018,10 @@ impl Fetch {
         }
         for (pdu, known) in chunk {
             self.ids.store(&pdu.event_id, known);
+            if is_member(&pdu) {
+                self.rarely_stood_on.push(pdu.event_id.clone());
+            }
         }
-        self.stored_more = true;
         if !rest.is_empty() {
             self.store(rest, out);
             return None;

@@ -130,10 +130,6 @@ impl Ids {
         self.stored(id).is_some()
     }
 
-    pub fn is_coming(&self, id: &EventId) -> bool {
-        self.get(id).is_some_and(|entry| entry.coming)
-    }
-
     /// Whether another copy would be of no use.
     pub fn is_here(&self, id: &EventId) -> bool {
         self.get(id).is_some_and(Entry::is_here)
