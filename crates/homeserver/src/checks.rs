@@ -1,6 +1,5 @@
 //! The Check effect: parse, hash and verify PDUs, with keys fetched as needed.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,12 +43,20 @@ async fn check_batch(
             .collect::<Vec<_>>()
     })
     .await;
-    let wanted: BTreeSet<_> = parsed
+    let mut wanted: Vec<_> = parsed
         .iter()
         .flatten()
         .flat_map(|(pdu, _)| needed(pdu))
         .collect();
-    let wanted: Vec<_> = wanted.into_iter().collect();
+    wanted.sort_unstable();
+    // A key that is good for the latest event that it signed is good for those before.
+    wanted.dedup_by(|later, kept| {
+        let same = later.server == kept.server && later.key_id == kept.key_id;
+        if same {
+            kept.at_ms = later.at_ms;
+        }
+        same
+    });
     let keys = hs.keys().keys_for_events(&wanted, KEYS_DEADLINE).await;
     let mode = hs.config().join.verification;
     let unvouched = keys.is_unvouched();
