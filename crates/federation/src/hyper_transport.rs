@@ -284,9 +284,7 @@ impl Dialer {
         let (address, stream) = self.race(addresses, open).await?;
         let now = Instant::now();
         let mut opened = self.opened();
-        if opened.len() >= OPENED_MAX {
-            opened.retain(|_, (since, _)| *since + OPENED_KEPT_FOR > now);
-        }
+        opened.retain(|_, (since, _)| *since + OPENED_KEPT_FOR > now);
         if opened.len() < OPENED_MAX {
             opened.insert(address, (now, stream));
         }

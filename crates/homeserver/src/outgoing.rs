@@ -333,7 +333,7 @@ async fn work(hs: &Homeserver, server: ServerName, pause: Option<Duration>) {
         let sent = match Box::pin(deliver(hs, &server, waits, &mut counter)).await {
             Ok(sent) => sent,
             Err(error) => {
-                tracing::error!(%server, %error, "the outbox can not be read");
+                tracing::error!(%server, %error, "the store gives nothing to send, or does not take how it went");
                 tokio::time::sleep(STORE_AGAIN).await;
                 continue;
             }
