@@ -52,7 +52,7 @@ const SERVERS_MAX: u64 = 50_000;
 const FETCH_AGAIN_AFTER: Duration = Duration::from_secs(60);
 /// Did not answer, and events of it wait.
 const DEAD_FOR_EVENTS: Duration = Duration::from_secs(60);
-/// Did not answer, yet it asks us something, so it lives.
+/// Did not answer, yet it asks or answers us something, so it lives.
 const DEAD_FOR_REQUESTS: Duration = Duration::from_secs(2);
 /// For one inbound request; the sender waits.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
@@ -592,10 +592,12 @@ impl KeyRing {
         if let Some(flight) = flights.get(server) {
             return Some(flight.clone());
         }
+        // Whoever answers us a join is alive, whatever it was a minute ago.
+        let lives = || self.inner.client.backoff().is_alive(server);
         let rest = |asked: Asked| match (asked.answered, purpose) {
             (true, _) => FETCH_AGAIN_AFTER,
-            (false, Purpose::Events) => DEAD_FOR_EVENTS,
-            (false, Purpose::Requests) => DEAD_FOR_REQUESTS,
+            (false, Purpose::Events) if !lives() => DEAD_FOR_EVENTS,
+            (false, _) => DEAD_FOR_REQUESTS,
         };
         if let Some(asked) = self.inner.asked.get(server)
             && asked.at.elapsed() < rest(asked)
@@ -1065,6 +1067,23 @@ mod tests {
         tokio::time::advance(DEAD_FOR_EVENTS).await;
         assert!(!found(&ring, "dead", NOW).await);
         assert_eq!(asked(&world).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_server_that_is_heard_of_is_asked_again() {
+        let (world, store) = (world(&[], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        assert!(!found(&ring, "dead", NOW).await);
+        ring.inner.client.backoff().reset(&name("dead"));
+        assert!(!found(&ring, "dead", NOW).await);
+        assert_eq!(asked(&world).len(), 1);
+        tokio::time::advance(DEAD_FOR_REQUESTS).await;
+        assert!(!found(&ring, "dead", NOW).await);
+        assert_eq!(asked(&world).len(), 1);
+        // That it failed now counts.
+        tokio::time::advance(DEAD_FOR_REQUESTS).await;
+        assert!(!found(&ring, "dead", NOW).await);
+        assert!(asked(&world).is_empty());
     }
 
     #[tokio::test(start_paused = true)]
