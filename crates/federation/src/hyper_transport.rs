@@ -36,6 +36,8 @@ use crate::transport::{Request, Response, Transport, TransportError};
 
 /// TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// The same, with finding out where the server is.
+const REACH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Before the next address of a server is tried beside the last (RFC 8305).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 /// A connection that was only opened to see whether somebody listens is kept this long for a request, and so many.
@@ -123,11 +125,14 @@ impl Transport for HyperTransport {
     fn reach(&self, to: &ServerName) -> BoxFuture<'_, Result<(), TransportError>> {
         let to = to.clone();
         Box::pin(async move {
-            let authority = self.discovery.delegate(&to).await;
-            let reached = match self.discovery.locate(&authority).await {
-                Ok(addresses) => self.dialer.reach(addresses).await,
-                Err(error) => Err(error.into()),
+            let reach = async {
+                let authority = self.discovery.delegate(&to).await;
+                let addresses = self.discovery.locate(&authority).await?;
+                self.dialer.reach(addresses).await
             };
+            let reached = tokio::time::timeout(REACH_TIMEOUT, reach)
+                .await
+                .unwrap_or(Err(ConnectError::Timeout));
             reached.map_err(|error| TransportError::Connect {
                 server: to,
                 reason: error.to_string(),

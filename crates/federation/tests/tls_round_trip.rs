@@ -258,3 +258,30 @@ async fn a_connection_that_was_closed_meanwhile_is_opened_anew() {
         () = relay => panic!("the relay ended first"),
     }
 }
+
+struct SilentDns;
+
+impl Dns for SilentDns {
+    fn addresses<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
+        Box::pin(std::future::pending())
+    }
+
+    fn services<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Vec<Service>, String>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_nobody_resolves_does_not_hold_up_who_asks_for_it() {
+    let options = TransportOptions {
+        verify_tls: false,
+        extra_ca_files: Vec::new(),
+        ip_ranges: IpRanges::public_and(&[]).unwrap(),
+    };
+    let transport = HyperTransport::with_dns(&options, Arc::new(SilentDns)).unwrap();
+    let reached = transport.reach(&ServerName::parse("a.test").unwrap()).await;
+    assert!(
+        matches!(&reached, Err(TransportError::Connect { reason, .. }) if reason.contains("too long")),
+        "{reached:?}"
+    );
+}

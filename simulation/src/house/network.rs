@@ -136,6 +136,7 @@ struct Fate {
 }
 
 impl State {
+    /// What one server finds when it knocks at another's.
     fn doors(&self, from: &ServerName, to: &ServerName) -> Option<Doors> {
         let apart = self.partition.as_ref().is_some_and(|(a, b, until)| {
             ((a, b) == (from, to) || (a, b) == (to, from)) && Instant::now() < *until
@@ -212,11 +213,6 @@ impl Network {
     /// Two servers can not reach each other for so long.
     pub fn part(&self, one: &ServerName, other: &ServerName, time: Duration) {
         self.lock().partition = Some((one.clone(), other.clone(), Instant::now() + time));
-    }
-
-    /// What one server finds when it knocks at another's.
-    fn doors(&self, from: &ServerName, to: &ServerName) -> Option<Doors> {
-        self.lock().doors(from, to)
     }
 
     /// All of a request's chance is drawn at once, so that what becomes of one does not depend on how the
@@ -297,7 +293,8 @@ impl Transport for Link {
                 std::future::pending::<()>().await;
             }
             tokio::time::sleep(CONNECTS_IN).await;
-            match self.network.doors(&self.own, &to) {
+            let doors = self.network.lock().doors(&self.own, &to);
+            match doors {
                 Some(doors) if !doors.end.is_cancelled() => Ok(()),
                 _ => Err(nobody_listens(to)),
             }

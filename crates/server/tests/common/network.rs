@@ -40,9 +40,7 @@ impl Network {
         let asked = self.asked.lock().unwrap();
         asked.iter().filter(|line| line.contains(path)).count()
     }
-}
 
-impl Network {
     fn router(&self, to: &ServerName) -> Result<Router, TransportError> {
         let cut = self.cut.lock().unwrap().contains(to);
         let router = self.servers.lock().unwrap().get(to).cloned();
