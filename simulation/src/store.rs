@@ -138,6 +138,7 @@ impl Store {
             }
             Load::HandshakeRunning => Loaded::HandshakeRunning(!room.intents.is_empty()),
             Load::Hosts => Loaded::Hosts(room.hosts(&own)),
+            Load::StateStored => Loaded::StateStored(room.state_stored()),
             Load::BackwardExtremities => Loaded::BackwardExtremities(room.backward_extremities()),
         }
     }
@@ -245,6 +246,11 @@ impl Room {
     pub fn hosts(&self, own: &ServerName) -> Vec<ServerName> {
         let hosts: BTreeSet<_> = self.joined().iter().map(UserId::server_name).collect();
         hosts.into_iter().filter(|host| host != own).collect()
+    }
+
+    fn state_stored(&self) -> u64 {
+        let state = self.events.values().filter(|row| row.key.is_some());
+        state.count() as u64
     }
 
     fn state_at(&self, nid: EventNid) -> Option<StateAt> {

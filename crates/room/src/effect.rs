@@ -289,6 +289,8 @@ pub enum Load {
     HandshakeRunning,
     /// The servers with a joined member in the current state, own name excluded. → [`Loaded::Hosts`]
     Hosts,
+    /// How many state events of the room are stored, roughly, outliers included. → [`Loaded::StateStored`]
+    StateStored,
     /// Prev events of the timeline's oldest events that are not stored, deepest first, with their depth
     /// as far as known. → [`Loaded::BackwardExtremities`]
     BackwardExtremities,
@@ -312,6 +314,7 @@ pub enum Loaded {
     OutOfBand(Option<Box<StoredOutOfBand>>),
     HandshakeRunning(bool),
     Hosts(Vec<ServerName>),
+    StateStored(u64),
     BackwardExtremities(Vec<(EventId, i64)>),
 }
 

@@ -73,6 +73,7 @@ pub(crate) struct Facts {
     ready: Option<Vec<ReadyEvent>>,
     out_of_band: BTreeMap<UserId, Option<Arc<StoredOutOfBand>>>,
     hosts: Option<Vec<ServerName>>,
+    state_stored: Option<u64>,
     handshake_running: Option<bool>,
     closures: Vec<Closure>,
     resolved: Vec<(Vec<StateMap>, StateMap)>,
@@ -109,6 +110,7 @@ impl Facts {
             ready: None,
             out_of_band: BTreeMap::new(),
             hosts: None,
+            state_stored: None,
             handshake_running: None,
             closures: Vec::new(),
             resolved: Vec::new(),
@@ -251,6 +253,7 @@ impl Facts {
                     .insert(user, stored.map(|stored| Arc::new(*stored)));
             }
             (Load::Hosts, Loaded::Hosts(hosts)) => self.hosts = Some(hosts),
+            (Load::StateStored, Loaded::StateStored(stored)) => self.state_stored = Some(stored),
             (Load::HandshakeRunning, Loaded::HandshakeRunning(running)) => {
                 self.handshake_running = Some(running);
             }
@@ -422,6 +425,14 @@ impl Facts {
         match &self.hosts {
             Some(hosts) => Ok(hosts.clone()),
             None => lacking(Load::Hosts),
+        }
+    }
+
+    /// How many state events are stored, roughly.
+    pub fn state_stored(&self) -> Got<u64> {
+        match self.state_stored {
+            Some(stored) => Ok(stored),
+            None => lacking(Load::StateStored),
         }
     }
 

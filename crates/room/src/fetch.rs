@@ -2,7 +2,7 @@
 //! S-6, S-6a).
 //!
 //! The ids first, then only what is not stored: all at once when that is much, one by one from several
-//! servers when it is little. What is verified is committed in chunks, and what is committed is not fetched
+//! servers when it is little. Whoever knows beforehand that it is much asks for both at the same time. What is verified is committed in chunks, and what is committed is not fetched
 //! again after a crash (S-25). While the store takes one chunk the next is judged, and more is verified.
 //!
 //! The ids may be asked of two servers (O-46). When these do not agree, neither is believed: both states are
@@ -156,8 +156,10 @@ pub(crate) struct Fetch {
     /// Requests for single events out of that body.
     ahead: BTreeSet<Ticket>,
     asked_ahead: BTreeSet<EventId>,
-    /// How many sources were asked for the whole state.
-    asked_for_state: usize,
+    /// The donors that were asked for the whole state.
+    asked_for_state: BTreeSet<usize>,
+    /// Of a state that was asked for along with its ids: what came before these.
+    early: Vec<Result<Arc<Pdu>, BadPdu>>,
     /// Of what was stored.
     memberships: Arc<Memberships>,
     /// The few different ones.
@@ -319,10 +321,19 @@ impl Fetch {
             body: None,
             ahead: BTreeSet::new(),
             asked_ahead: BTreeSet::new(),
-            asked_for_state: 0,
+            asked_for_state: BTreeSet::new(),
+            early: Vec::new(),
             memberships: Arc::default(),
             words: BTreeSet::new(),
         }
+    }
+
+    /// Asks the first donor for the whole state too, without waiting for the ids to say how much is missing.
+    pub fn with_state_at_once(mut self, wanted: bool, out: &mut Outbox) -> Self {
+        if wanted && let Some(event) = self.event.clone() {
+            self.ask_state(0, event, out);
+        }
+        self
     }
 
     /// Fails rather than to leave out what has no key for now.
@@ -352,7 +363,8 @@ impl Fetch {
 
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
-        self.checks.len() < CHECKS_MAX && self.arrived.len() < ARRIVED_MAX * self.chunk
+        let arrived = self.arrived.len() + self.early.len();
+        self.checks.len() < CHECKS_MAX && arrived < ARRIVED_MAX * self.chunk
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -469,7 +481,10 @@ impl Fetch {
             (stage, Input::Checked { ticket, pdus }) => {
                 self.stage = stage;
                 if let Some(section) = self.checks.remove(&ticket) {
-                    self.on_checked(section, pdus);
+                    match self.stage {
+                        Stage::Ids => self.early.extend(pdus),
+                        _ => self.on_checked(section, pdus),
+                    }
                     self.feed(out);
                     return self.think_if_idle(out, now);
                 }
@@ -493,6 +508,8 @@ impl Fetch {
                     self.ids.want(event);
                 }
                 self.sources.push(Source { donor });
+                let early = std::mem::take(&mut self.early);
+                self.on_checked(None, early);
             }
             Err(failure) => {
                 self.failures
@@ -700,12 +717,8 @@ impl Fetch {
                 self.keep(events, out, now);
                 None
             }
-            Thought::AskState(event_id) => {
-                let donor = self.sources[self.asked_for_state].donor;
-                self.asked_for_state += 1;
-                let room = self.facts.room.clone();
-                let ask = Ask::State { room, event_id };
-                self.body = Some(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
+            Thought::AskState(donor, event) => {
+                self.ask_state(donor, event, out);
                 None
             }
             Thought::AskAhead(ids, events) => {
@@ -737,6 +750,13 @@ impl Fetch {
         }
     }
 
+    fn ask_state(&mut self, donor: usize, event_id: EventId, out: &mut Outbox) {
+        self.asked_for_state.insert(donor);
+        let room = self.facts.room.clone();
+        let ask = Ask::State { room, event_id };
+        self.body = Some(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
+    }
+
     /// What is to be done next, from all that is here.
     fn plan(&mut self) -> Got<Thought> {
         let stood_on = self.stood_on();
@@ -760,12 +780,13 @@ impl Fetch {
         }
         let mut missing = self.missing(&stood_on);
         let much = missing.len() * 100 >= self.ids.wanted_count() * MISSING_FOR_STATE_PERCENT;
+        let mut donors = self.sources.iter().map(|source| source.donor);
         if much
-            && self.asked_for_state < self.sources.len()
             && missing.len() > 1
+            && let Some(donor) = donors.find(|donor| !self.asked_for_state.contains(donor))
             && let Some(event) = &self.event
         {
-            return Ok(Thought::AskState(event.clone()));
+            return Ok(Thought::AskState(donor, event.clone()));
         }
         self.give_up(&mut missing);
         if !missing.is_empty() {
@@ -1125,7 +1146,7 @@ fn key_of(pdu: &Pdu) -> Option<StateKey> {
 
 enum Thought {
     Store(Vec<(Arc<Pdu>, Verdict)>),
-    AskState(EventId),
+    AskState(usize, EventId),
     AskEvents(Vec<EventId>),
     /// Ask for these while a body arrives, and store those.
     AskAhead(Vec<EventId>, Vec<(Arc<Pdu>, Verdict)>),

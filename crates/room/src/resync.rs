@@ -35,6 +35,8 @@ const REST_MAX: Duration = Duration::from_secs(3600);
 /// Rounds in which events without a key are waited for when no notary can be asked; one notary that is never
 /// there must not keep a room partial for ever (S-6a).
 const UNVOUCHED_ROUNDS_MAX: u32 = 3;
+/// With fewer state events here than this, nearly all of the state will be missing, and is asked for at once.
+const LITTLE_STORED: u64 = 1000;
 /// While a handshake of ours runs the marker must stay (S-12a).
 const HANDSHAKE_REST: Duration = Duration::from_millis(500);
 /// After this long with nobody of ours in the room a partial room is given up (S-29).
@@ -88,6 +90,8 @@ pub struct Resync {
     sources: Vec<ServerName>,
     round: Option<Round>,
     rounds_failed: u32,
+    /// Whether the keys were asked for with which the members' servers signed.
+    keys_wanted: bool,
     /// To be asked before all others.
     preferred: Option<ServerName>,
     nobody_since: Option<Duration>,
@@ -145,6 +149,7 @@ impl Resync {
             sources: Vec::new(),
             round: None,
             rounds_failed: 0,
+            keys_wanted: false,
             preferred: None,
             nobody_since: None,
             out: Outbox::default(),
@@ -346,7 +351,14 @@ impl Resync {
         let room = self.room.clone();
         let compare = self.options.compare_donors;
         let (version, wanted) = (head.version, event.clone());
+        // Each of them has a member, and so an event in what is asked for below.
+        if !std::mem::replace(&mut self.keys_wanted, true) {
+            let servers = marker.servers_in_room.clone();
+            self.out.tell(Tell::PrefetchKeys { servers });
+        }
+        let little = matches!(self.facts.state_stored(), Ok(stored) if stored < LITTLE_STORED);
         let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out)
+            .with_state_at_once(little, &mut self.out)
             .in_chunks_of(self.options.chunk)
             .patiently(self.rounds_failed < UNVOUCHED_ROUNDS_MAX);
         self.state = State::Fetching(Box::new(fetch), Goal::After(event));
@@ -571,7 +583,11 @@ fn plan(facts: &mut Facts, here: &Here) -> Got<Plan> {
             if batch.rejudged.is_empty() {
                 return Ok(match here.given {
                     Some(rest) if rest.join == event.pdu.event_id => Plan::Take(head),
-                    _ => Plan::Fetch(head, wanted.clone()),
+                    _ => {
+                        // Who is asked for what depends on it.
+                        facts.state_stored()?;
+                        Plan::Fetch(head, wanted.clone())
+                    }
                 });
             }
             batch.cut_short = true;

@@ -69,6 +69,7 @@ pub fn answer(c: &mut dyn Conn, room: &RoomId, load: &Load, own: &ServerName) ->
             hosts.retain(|host| host != own);
             Ok(Loaded::Hosts(hosts))
         }
+        Load::StateStored => state_log::stored(c, row.nid).map(Loaded::StateStored),
         Load::BackwardExtremities => {
             rooms::backward_extremities(c, row.nid).map(Loaded::BackwardExtremities)
         }
@@ -93,6 +94,7 @@ fn nothing(load: &Load) -> Loaded {
         Load::OutOfBand { .. } => Loaded::OutOfBand(None),
         Load::HandshakeRunning => Loaded::HandshakeRunning(false),
         Load::Hosts => Loaded::Hosts(Vec::new()),
+        Load::StateStored => Loaded::StateStored(0),
         Load::BackwardExtremities => Loaded::BackwardExtremities(Vec::new()),
     }
 }

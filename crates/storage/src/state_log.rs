@@ -18,8 +18,12 @@ const GRAPH_FROM: usize = 500;
 /// A graph finds its entries in a table over all numbers between the first and the last, if that is no more
 /// than so many times as long as the list of them.
 const TABLE_MAX: usize = 4;
+/// What an entry takes in a row.
+const ENTRY_BYTES: u64 = 50;
 
 const INSERT: &str = "INSERT INTO state_log (room_nid, newest, events) VALUES ($1, $2, $3)";
+const BYTES: &str =
+    "SELECT CAST(SUM(LENGTH(events)) AS BIGINT) FROM state_log WHERE room_nid = $1";
 const READ: &str =
     "SELECT newest, events FROM state_log WHERE room_nid = $1 AND newest > $2 ORDER BY newest";
 
@@ -42,6 +46,12 @@ pub(crate) fn add<'a>(
     let row = encode(&stored)?;
     c.execute_many(INSERT, &[row![room, *newest, &row]])
         .map(drop)
+}
+
+/// How many state events of the room are noted, roughly: an id takes 44 bytes, and auth events a few.
+pub(crate) fn stored(c: &mut dyn Conn, room: RoomNid) -> Result<u64> {
+    let bytes = c.query_int(BYTES, &[&room])?.unwrap_or(0);
+    Ok(bytes.unsigned_abs() / ENTRY_BYTES)
 }
 
 /// By number: the distance from the number before (from 0 at first), the id after its length, how many auth
