@@ -1031,7 +1031,7 @@ const INSERT_SERVER: &str =
 const DROP_MARKER: &str = "DELETE FROM partial_rooms WHERE room_nid = $1";
 const DROP_SERVERS: &str = "DELETE FROM partial_servers WHERE room_nid = $1";
 const PARTIAL_EVENTS: &str = "SELECT nid FROM events WHERE room_nid = $1 AND partial = 1";
-const BUILT_ON: &str = "SELECT nid FROM events
+pub(crate) const BUILT_ON: &str = "SELECT nid FROM events
     WHERE room_nid = $1 AND place > 0 AND partial = 0 AND nid IN (
         SELECT event_nid FROM event_children WHERE prev_nid IN (SELECT value FROM rarray($2))
         UNION SELECT event_nid FROM auth_dependents WHERE auth_nid IN (SELECT value FROM rarray($2)))";

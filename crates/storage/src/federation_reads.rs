@@ -73,7 +73,7 @@ pub struct Placed {
     pub place: Place,
 }
 
-const PLACED: &str = "SELECT nid, depth, position, prevs, verdict, place FROM events
+pub(crate) const PLACED: &str = "SELECT nid, depth, position, prevs, verdict, place FROM events
     WHERE room_nid = $1 AND place > 0 AND nid IN (SELECT value FROM rarray($2))";
 
 /// Those of these events that have a place in this room.

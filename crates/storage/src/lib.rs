@@ -40,6 +40,7 @@ mod sequence;
 mod sqlite;
 pub mod state_log;
 pub mod states;
+mod statistics;
 pub mod streams;
 pub mod sync_reads;
 pub mod timeline;
@@ -140,7 +141,11 @@ impl Store {
                 .map_err(Error::engine)??,
         };
         let store = Self::around(engine, kept, server_name, fan_out_direct_max);
-        store.write(move |c| migrations::run(c, dialect)).await?;
+        let ready = move |c: &mut dyn Conn| {
+            migrations::run(c, dialect.schema)?;
+            (dialect.statistics)(c)
+        };
+        store.write(ready).await?;
         store.inner.engine.schema_is_there();
         store.reserve_numbers().await?;
         Ok(store)
@@ -239,8 +244,23 @@ impl Store {
     }
 }
 
-/// The dialect of the schema files' SQL.
-type Dialect = fn(&str) -> String;
+/// What an engine has of its own.
+#[derive(Clone, Copy)]
+struct Dialect {
+    /// The schema files' SQL as it wants them.
+    schema: fn(&str) -> String,
+    /// What its planner has to be told.
+    statistics: fn(&mut dyn Conn) -> Result<()>,
+}
+
+const SQLITE: Dialect = Dialect {
+    schema: sqlite::schema_dialect,
+    statistics: statistics::write,
+};
+const POSTGRES: Dialect = Dialect {
+    schema: str::to_owned,
+    statistics: |_| Ok(()),
+};
 
 fn open_engine(
     url: &str,
@@ -251,14 +271,14 @@ fn open_engine(
         let path = path.strip_prefix("//").unwrap_or(path);
         if let Some(executor) = options.executor.clone() {
             let engine = sqlite::Given::open(path, caches, executor)?;
-            return Ok((Box::new(engine), sqlite::schema_dialect));
+            return Ok((Box::new(engine), SQLITE));
         }
         let engine = sqlite::Sqlite::open(path, options.readers, caches)?;
-        return Ok((Box::new(engine), sqlite::schema_dialect));
+        return Ok((Box::new(engine), SQLITE));
     }
     if url.starts_with("postgres://") || url.starts_with("postgresql://") {
         let engine = postgres::Postgres::open(url, options.readers, options.writers, caches)?;
-        return Ok((Box::new(engine), str::to_owned));
+        return Ok((Box::new(engine), POSTGRES));
     }
     Err(Error::Refused(
         "a database URL starts with sqlite: or postgres://".to_owned(),

@@ -296,7 +296,7 @@ fn give_key_numbers(
 
 // -- States ---------------------------------------------------------------------------------------
 
-const STATES: &str = "SELECT nid, before_root, after_root, partial FROM events
+pub(crate) const STATES: &str = "SELECT nid, before_root, after_root, partial FROM events
     WHERE room_nid = $1 AND place > 0 AND partial < 2 AND nid IN (SELECT value FROM rarray($2))";
 
 fn states_at(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loaded> {
@@ -527,7 +527,7 @@ fn ready(c: &mut dyn Conn, room: RoomNid, chosen: &[EventNid]) -> Result<Vec<Rea
     Ok(found)
 }
 
-const CHILDREN: &str = "SELECT h.prev_nid, e.nid, e.verdict FROM event_children h
+pub(crate) const CHILDREN: &str = "SELECT h.prev_nid, e.nid, e.verdict FROM event_children h
     JOIN events e ON e.nid = h.event_nid
     WHERE h.prev_nid IN (SELECT value FROM rarray($1)) AND e.room_nid = $2
     AND e.place > 0 AND e.partial < 2
@@ -547,7 +547,7 @@ fn children(c: &mut dyn Conn, room: RoomNid, asked: &[EventNid]) -> Result<Loade
     Ok(Loaded::Children(found))
 }
 
-const DEPENDENTS: &str = "SELECT DISTINCT e.nid, e.position FROM auth_dependents a
+pub(crate) const DEPENDENTS: &str = "SELECT DISTINCT e.nid, e.position FROM auth_dependents a
     JOIN events e ON e.nid = a.event_nid
     WHERE a.auth_nid IN (SELECT value FROM rarray($1)) AND e.room_nid = $2
     AND e.place > 0 AND e.partial = 0

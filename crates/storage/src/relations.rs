@@ -16,7 +16,8 @@ pub struct Child {
     pub sender: UserId,
 }
 
-const CHILDREN: &str = "SELECT r.parent, r.event_nid, r.rel_type, r.kind, r.sender FROM relations r
+pub(crate) const CHILDREN: &str =
+    "SELECT r.parent, r.event_nid, r.rel_type, r.kind, r.sender FROM relations r
     JOIN events e ON e.nid = r.event_nid JOIN event_ids i ON i.nid = e.nid
     WHERE r.parent IN (SELECT value FROM rarray_text($1)) AND e.room_nid = $2
     AND r.rel_type IN ('m.replace', 'm.thread', 'm.reference')
@@ -46,8 +47,8 @@ macro_rules! related {
     };
 }
 
-const BACK: &str = related!("<", "<", "e.depth DESC, e.position DESC");
-const FORTH: &str = related!(">", ">=", "e.depth, e.position");
+pub(crate) const BACK: &str = related!("<", "<", "e.depth DESC, e.position DESC");
+pub(crate) const FORTH: &str = related!(">", ">=", "e.depth, e.position");
 
 const THREADS: &str = "SELECT r.parent, MAX(e.position) AS latest FROM relations r
     JOIN events e ON e.nid = r.event_nid

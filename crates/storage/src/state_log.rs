@@ -22,8 +22,7 @@ const TABLE_MAX: usize = 4;
 const ENTRY_BYTES: u64 = 50;
 
 const INSERT: &str = "INSERT INTO state_log (room_nid, newest, events) VALUES ($1, $2, $3)";
-const BYTES: &str =
-    "SELECT CAST(SUM(LENGTH(events)) AS BIGINT) FROM state_log WHERE room_nid = $1";
+const BYTES: &str = "SELECT CAST(SUM(LENGTH(events)) AS BIGINT) FROM state_log WHERE room_nid = $1";
 const READ: &str =
     "SELECT newest, events FROM state_log WHERE room_nid = $1 AND newest > $2 ORDER BY newest";
 

@@ -66,15 +66,15 @@ macro_rules! events {
     };
 }
 
-const NEWEST: &str = events!(
+pub(crate) const NEWEST: &str = events!(
     "e.room_nid = $1 AND e.position > $2 AND e.position <= $3 ORDER BY e.position DESC LIMIT $4"
 );
-const BACK: &str = events!(
+pub(crate) const BACK: &str = events!(
     "e.room_nid = $1 AND e.position > $2 AND e.position <= $3
     AND (e.depth < $4 OR (e.depth = $4 AND e.position < $5))
     ORDER BY e.depth DESC, e.position DESC LIMIT $6"
 );
-const FORTH: &str = events!(
+pub(crate) const FORTH: &str = events!(
     "e.room_nid = $1 AND e.position > $2 AND e.position <= $3
     AND (e.depth > $4 OR (e.depth = $4 AND e.position >= $5))
     ORDER BY e.depth, e.position LIMIT $6"
