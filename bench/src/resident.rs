@@ -81,7 +81,9 @@ pub struct Kept {
 impl Kept {
     /// From the disk, or made.
     pub async fn get(shape: &Shape) -> anyhow::Result<Self> {
-        let number = fingerprint(&format!("{FORMAT} {shape:?}"));
+        // What an older program stored, and this one brought up to date, lacks what this one would have stored.
+        let schema = storage::migrations::newest();
+        let number = fingerprint(&format!("{FORMAT} {schema} {shape:?}"));
         let home = directory("bench")?.join(format!("room-{number:016x}"));
         if !home.join(SUMMARY).exists() {
             make(&home, shape, u16::try_from(PORTS_FROM + number % PORTS)?).await?;

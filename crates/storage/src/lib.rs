@@ -23,7 +23,7 @@ pub mod federation_reads;
 pub mod leases;
 pub mod load;
 pub mod media;
-mod migrations;
+pub mod migrations;
 pub mod out_of_band;
 mod postgres;
 pub mod presence;

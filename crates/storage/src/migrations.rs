@@ -44,11 +44,16 @@ const CREATE: &str =
 const LAST: &str = "SELECT MAX(number) FROM migrations";
 const RECORD: &str = "INSERT INTO migrations (number, name) VALUES ($1, $2)";
 
+/// The number of the newest schema file.
+pub fn newest() -> i64 {
+    FILES.last().map_or(0, |(number, _, _)| *number)
+}
+
 /// Applies the files that are missing, all in this one transaction.
 pub(crate) fn run(c: &mut dyn Conn, dialect: fn(&str) -> String) -> Result<()> {
     c.execute(CREATE, &[])?;
     let last = c.query_int(LAST, &[])?.unwrap_or(0);
-    let newest = FILES.last().map_or(0, |(number, _, _)| *number);
+    let newest = newest();
     if last > newest {
         return Err(Error::Refused(format!(
             "the database has schema {last}, this program knows {newest}: it was made by a later version"
