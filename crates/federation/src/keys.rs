@@ -678,7 +678,15 @@ impl KeyRing {
             let questions = all.chunks(NOTARY_SERVERS_MAX).map(|some| {
                 let servers: Missing = some.iter().cloned().collect();
                 let question = Question::begin(self, &servers);
-                self.ask_until_heard(notary, servers, question).boxed()
+                let (ring, notary) = (self.clone(), notary.clone());
+                async move {
+                    // As tasks, so that the answer to one is verified while that to another is.
+                    let told = tokio::spawn(async move {
+                        ring.ask_until_heard(&notary, servers, question).await
+                    });
+                    told.await.unwrap_or(false)
+                }
+                .boxed()
             });
             let questions: Vec<_> = questions.collect();
             let told_all = futures::stream::iter(questions)

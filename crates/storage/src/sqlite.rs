@@ -1,5 +1,5 @@
-//! SQLite: reader threads on WAL snapshots, one writer thread that commits in groups; or no threads, and one
-//! connection for whoever runs the work.
+//! SQLite: reader threads on WAL snapshots, one writer thread that commits in groups, one that copies the log
+//! into the file; or no threads, and one connection for whoever runs the work.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -7,8 +7,9 @@ use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use rusqlite::config::DbConfig;
+use rusqlite::hooks::Wal;
 use rusqlite::types::{ToSqlOutput, Value as Owned, ValueRef};
 use rusqlite::vtab::array::{Array, load_module};
 use rusqlite::{Connection, ErrorCode, OpenFlags, ToSql};
@@ -27,8 +28,15 @@ const STATEMENTS_MAX: usize = 1024;
 /// How long a connection waits for another process's lock (a backup, an admin's shell).
 const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Pages in the log from which on it is copied into the file (16 kB each).
+const LOG_PAGES: i32 = 4000;
+/// With so many in it the writer copies them itself, and what is to be written waits for that: while it goes on
+/// writing, the log has no end at which it could begin anew.
+const LOG_PAGES_MAX: i32 = 16_000;
+
 pub(crate) struct Sqlite {
     reads: Option<Sender<Box<dyn Job>>>,
+    readers: usize,
     writes: Option<Sender<Box<dyn Job>>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -37,7 +45,7 @@ impl Sqlite {
     /// `path` is a file, or `:memory:` for a database that lives on the writer's connection alone.
     pub(crate) fn open(path: &str, readers: usize, caches: &Arc<Caches>) -> Result<Self> {
         let in_memory = path == ":memory:";
-        let writer = connect(path, true)?;
+        let mut writer = connect(path, true)?;
         let (writes, write_queue) = unbounded();
         let (reads, read_queue) = unbounded::<Box<dyn Job>>();
         // What a reader meets on the writer's connection (in memory, all do) is committed with it.
@@ -45,11 +53,21 @@ impl Sqlite {
             caches: Arc::clone(caches),
             fill: false,
         };
-        let mut threads = vec![spawn("sqlite-writer", move || {
-            write_loop(&writer, &write_queue, &cached);
-        })?];
+        let mut threads = Vec::new();
         if !in_memory {
-            for _ in 0..readers.max(1) {
+            let (long, log_is_long) = bounded(1);
+            watch_log(&mut writer, long)?;
+            let connection = connect(path, true)?;
+            threads.push(spawn("sqlite-log", move || {
+                copy_loop(&connection, &log_is_long);
+            })?);
+        }
+        threads.push(spawn("sqlite-writer", move || {
+            write_loop(&writer, &write_queue, &cached);
+        })?);
+        let readers = if in_memory { 0 } else { readers.max(1) };
+        if !in_memory {
+            for _ in 0..readers {
                 let connection = connect(path, false)?;
                 let queue = read_queue.clone();
                 let cached = Cached {
@@ -63,6 +81,7 @@ impl Sqlite {
         }
         Ok(Self {
             reads: (!in_memory).then_some(reads),
+            readers,
             writes: Some(writes),
             threads,
         })
@@ -86,9 +105,8 @@ impl Engine for Sqlite {
 
     fn schema_is_there(&self) {
         let Some(reads) = &self.reads else { return };
-        let readers = self.threads.len() - 1;
-        let all = Arc::new(Barrier::new(readers));
-        for _ in 0..readers {
+        let all = Arc::new(Barrier::new(self.readers));
+        for _ in 0..self.readers {
             let all = Arc::clone(&all);
             send(reads, Box::new(ReadSchema { all }));
         }
@@ -210,9 +228,11 @@ fn connect(path: &str, writer: bool) -> Result<Connection> {
     connection.busy_timeout(BUSY_TIMEOUT).map_err(translate)?;
     // The page size must come before the first table. FULL: what was answered 200 survives a power cut.
     let pragmas = "PRAGMA page_size = 16384; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-        PRAGMA temp_store = MEMORY; PRAGMA journal_size_limit = 67108864;
-        PRAGMA wal_autocheckpoint = 4000;";
+        PRAGMA temp_store = MEMORY; PRAGMA journal_size_limit = 67108864;";
     connection.execute_batch(pragmas).map_err(translate)?;
+    connection
+        .pragma_update(None, "wal_autocheckpoint", LOG_PAGES)
+        .map_err(translate)?;
     let cache_kb = if writer {
         WRITER_CACHE_KB
     } else {
@@ -232,6 +252,30 @@ fn connect(path: &str, writer: bool) -> Result<Connection> {
         .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)
         .map_err(translate)?;
     Ok(connection)
+}
+
+/// Says after a commit that the log has become long.
+fn watch_log(writer: &mut Connection, long: Sender<()>) -> Result<()> {
+    let watch = move |log: &mut Wal, pages| {
+        if pages >= LOG_PAGES_MAX {
+            // Busy while the other one copies: then it is done with the next commit.
+            let _copied = log.checkpoint();
+        } else if pages >= LOG_PAGES {
+            // Full: it has been told.
+            let _told = long.try_send(());
+        }
+        Ok(())
+    };
+    writer.wal_hook(Some(watch)).map_err(translate)
+}
+
+/// Copies the log into the file, beside the writer, which can begin it anew once all of it is copied.
+fn copy_loop(connection: &Connection, log_is_long: &Receiver<()>) {
+    while log_is_long.recv().is_ok() {
+        if let Err(error) = connection.execute_batch("PRAGMA wal_checkpoint(PASSIVE)") {
+            tracing::warn!(%error, "the log of the database was not copied into its file");
+        }
+    }
 }
 
 fn read_loop(connection: &Connection, queue: &Receiver<Box<dyn Job>>, cached: &Cached) {
