@@ -3,7 +3,7 @@
 //! Checks 1 and 3 of <https://spec.matrix.org/v1.18/server-server-api/#checks-performed-on-receipt-of-a-pdu>.
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use base64::Engine as _;
 use serde_json::Value;
@@ -20,6 +20,19 @@ pub const EVENT_BYTES_MAX: usize = 65_536;
 
 /// Signatures beyond this many are not looked at: no event needs more than a handful.
 const SIGNATURES_MAX: usize = 64;
+
+/// What every [`Pdu::bare_member`] has in common.
+struct Bare {
+    sender: UserId,
+    kind: Arc<str>,
+    json: Arc<str>,
+}
+
+static BARE: LazyLock<Bare> = LazyLock::new(|| Bare {
+    sender: UserId::parse("@nobody:invalid").expect("a valid id"),
+    kind: "m.room.member".into(),
+    json: "{}".into(),
+});
 
 /// A PDU whose format, size and content hash have been checked. Signatures are another step.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +119,39 @@ impl Pdu {
         let event = Object::index(json.to_owned());
         let kind = format::string(&event, "type")?.into_owned();
         extract(event, version, event_id, kind, redacted)
+    }
+
+    /// A membership with no more than what the auth rules ask of one among an event's auth events: the room, the
+    /// user, and the word as [`Pdu::membership`] gives it. Not to be stored, sent or checked by itself.
+    pub fn bare_member(
+        version: RoomVersion,
+        event_id: &EventId,
+        room_id: RoomId,
+        user: Arc<str>,
+        membership: Option<&str>,
+    ) -> Self {
+        let mut content = String::from("{}");
+        if let Some(membership) = membership {
+            content = format!("{{\"membership\":\"{membership}\"}}");
+        }
+        Self {
+            version,
+            event_id: event_id.clone(),
+            room_id,
+            sender: BARE.sender.clone(),
+            kind: Arc::clone(&BARE.kind),
+            state_key: Some(user),
+            content: content.into(),
+            origin_server_ts: 0,
+            depth: 0,
+            prev_events: Vec::new(),
+            auth_events: Vec::new(),
+            redacts: None,
+            json: Arc::clone(&BARE.json),
+            redacted: false,
+            oversized_field: false,
+            signatures: Vec::new(),
+        }
     }
 
     pub fn is_state(&self) -> bool {

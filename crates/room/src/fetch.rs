@@ -32,7 +32,7 @@ use crate::write::{FanOut, Memberships, NewEvent, Verdict, WriteSet};
 
 mod ids;
 
-use ids::Ids;
+use ids::{Entry, Ids};
 
 /// Servers hold `/state_ids` back while they work it out.
 const STATE_IDS_TIMEOUT: Duration = Duration::from_secs(120);
@@ -49,6 +49,8 @@ const AHEAD_DEPENDENTS_PART: usize = 40;
 const EVENTS_MAX: usize = 200;
 /// Events that a server names and nobody has, before no more of those that it alone names are asked for.
 const LOST_MAX: usize = 200;
+/// Former memberships kept in memory, some 160 bytes each; the rest is read again.
+const FORMER_MAX: usize = 100_000;
 /// Servers asked for one event before it is given up.
 const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
@@ -115,8 +117,11 @@ pub(crate) struct Fetch {
     ids: Ids,
     /// Judged events that others stand on, stored or on their way there.
     auth: BTreeMap<EventId, Stood>,
-    /// Members among these, stored: few are stood on by what comes later, and these are read again.
+    /// Members among these, stored: few are stood on by what comes later.
     rarely_stood_on: Vec<EventId>,
+    /// Those of them that are in an auth chain alone, where they are for being stood on: what the rules will
+    /// ask of them. The others are read again when they are.
+    former: BTreeMap<EventId, Former>,
     /// Verified, but not judged and stored so far.
     waiting: Pdus,
     /// Verified while a thought about those that wait was under way. They come to these after it: a thought
@@ -191,6 +196,12 @@ enum Writing {
 
 struct Stood {
     pdu: Arc<Pdu>,
+    rejected: bool,
+}
+
+struct Former {
+    user: Arc<str>,
+    membership: Option<Arc<str>>,
     rejected: bool,
 }
 
@@ -301,6 +312,7 @@ impl Fetch {
             ids: Ids::default(),
             auth: BTreeMap::new(),
             rarely_stood_on: Vec::new(),
+            former: BTreeMap::new(),
             waiting: Pdus::new(),
             arrived: VecDeque::new(),
             chunk: CHUNK,
@@ -910,7 +922,8 @@ impl Fetch {
     /// Loads what is stood on, of what is stored.
     fn load_auth(&mut self, stood_on: &BTreeSet<EventId>) -> Got<()> {
         let unread = |id: &&EventId| self.ids.is_stored(id) && !self.auth.contains_key(*id);
-        let ids: Vec<_> = stood_on.iter().filter(unread).cloned().collect();
+        let mut ids: Vec<_> = stood_on.iter().filter(unread).cloned().collect();
+        ids.retain(|id| !self.recall(id));
         let found = self.facts.find(&ids)?;
         for (id, found) in ids.into_iter().zip(found) {
             if let Some(found) = found {
@@ -926,6 +939,50 @@ impl Fetch {
             }
         }
         Ok(())
+    }
+
+    /// Whether it is a former membership that is still known.
+    fn recall(&mut self, id: &EventId) -> bool {
+        let Some(former) = self.former.get(id) else {
+            return false;
+        };
+        let (room, user) = (self.facts.room.clone(), Arc::clone(&former.user));
+        let pdu = Pdu::bare_member(self.version, id, room, user, former.membership.as_deref());
+        let stood = Stood {
+            pdu: Arc::new(pdu),
+            rejected: former.rejected,
+        };
+        self.rarely_stood_on.push(id.clone());
+        self.auth.insert(id.clone(), stood);
+        true
+    }
+
+    /// It is stored. What it said may still be asked for.
+    fn remember(&mut self, pdu: &Pdu, rejected: bool) {
+        self.rarely_stood_on.push(pdu.event_id.clone());
+        let in_state = self.ids.get(&pdu.event_id).is_some_and(Entry::is_state);
+        if let (false, Some(user)) = (in_state, &pdu.state_key)
+            && self.former.len() < FORMER_MAX
+        {
+            // Nothing that was rejected is asked what it says.
+            let said = pdu.membership().filter(|_| !rejected);
+            let former = Former {
+                user: Arc::clone(user),
+                membership: said.map(|word| self.word(word)),
+                rejected,
+            };
+            self.former.insert(pdu.event_id.clone(), former);
+        }
+    }
+
+    /// One text for all that are alike.
+    fn word(&mut self, word: &str) -> Arc<str> {
+        if let Some(word) = self.words.get(word) {
+            return Arc::clone(word);
+        }
+        let word: Arc<str> = word.into();
+        self.words.insert(Arc::clone(&word));
+        word
     }
 
     /// The waiting events that can be judged.
@@ -977,14 +1034,7 @@ impl Fetch {
     ) {
         for ((pdu, verdict), nid) in judged.iter().zip(&nids) {
             if let (Verdict::Accepted, Some(membership)) = (verdict, pdu.membership()) {
-                let word = match self.words.get(membership) {
-                    Some(word) => Arc::clone(word),
-                    None => {
-                        let word: Arc<str> = membership.into();
-                        self.words.insert(Arc::clone(&word));
-                        word
-                    }
-                };
+                let word = self.word(membership);
                 Arc::make_mut(&mut self.memberships).insert(*nid, word);
             }
         }
@@ -1040,7 +1090,7 @@ impl Fetch {
         for (pdu, known) in chunk {
             self.ids.store(&pdu.event_id, known);
             if is_member(&pdu) {
-                self.rarely_stood_on.push(pdu.event_id.clone());
+                self.remember(&pdu, known.rejected);
             }
         }
         if !rest.is_empty() {

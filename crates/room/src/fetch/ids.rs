@@ -21,6 +21,11 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// In a state, and not only in an auth chain.
+    pub fn is_state(&self) -> bool {
+        self.state != 0
+    }
+
     /// Stored, or on its way there.
     pub fn is_here(&self) -> bool {
         self.coming || self.known.is_some()
