@@ -62,7 +62,7 @@ const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.
 const CHECKS_MAX: usize = 2;
 /// How much may arrive while something else goes on, in commits.
-const ARRIVED_MAX: usize = 2;
+const ARRIVED_MAX: usize = 1;
 /// Events of one check of what was given.
 const WINDOW: usize = 1024;
 /// Ids in one answer. The largest rooms known have some 200,000 events in state and auth chain (J-49).
@@ -582,7 +582,7 @@ impl Fetch {
                 }
                 self.hopeless.insert(id.clone());
             }
-            let Ok(pdu) = pdu else {
+            let Ok(mut pdu) = pdu else {
                 if fault == Some(Fault::Signature)
                     && let Some(tried) = self.tried.get_mut(&id)
                     && self.forged.insert(id)
@@ -603,7 +603,18 @@ impl Fetch {
                 if self.asked_ahead.contains(id) {
                     self.flush_at = self.chunk;
                 }
+                self.share(&mut pdu);
                 self.arrived.push_back(pdu);
+            }
+        }
+    }
+
+    /// Tens of thousands are in memory at a time: what they have in common is there once.
+    fn share(&mut self, pdu: &mut Arc<Pdu>) {
+        if let Some(pdu) = Arc::get_mut(pdu) {
+            pdu.room_id = self.facts.room.clone();
+            if is_member(pdu) {
+                pdu.kind = self.word(MEMBER);
             }
         }
     }
@@ -1186,8 +1197,10 @@ fn ids(answer: Result<Answer, AskError>) -> Result<(Vec<EventId>, Vec<EventId>),
     }
 }
 
+const MEMBER: &str = "m.room.member";
+
 fn is_member(pdu: &Pdu) -> bool {
-    &*pdu.kind == "m.room.member"
+    &*pdu.kind == MEMBER
 }
 
 fn key_of(pdu: &Pdu) -> Option<StateKey> {

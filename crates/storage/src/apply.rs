@@ -720,16 +720,16 @@ impl Plan {
             }
             let mut revealed = false;
             match &member.after {
-                None => gone.push(row![room, &member.user]),
+                None => gone.push(member),
                 Some((membership, nid)) => {
                     let at = here.get(nid).copied().filter(|at| *at > 0);
                     revealed = at.is_none() && !shown.contains(nid) && before.is_none();
                     let at = at.unwrap_or(if revealed { 0 } else { position });
-                    let values = row![room, &member.user, membership, *nid, at, local];
+                    let entry = (&member.user, membership, *nid, at, local);
                     if before.is_none() {
-                        added.push(values);
+                        added.push(entry);
                     } else {
-                        changed.push(values);
+                        changed.push(entry);
                     }
                 }
             }
@@ -745,14 +745,18 @@ impl Plan {
                 revealed,
             });
         }
-        for (sql, rows) in [
-            (INSERT_MEMBERSHIP, added),
-            (UPSERT_MEMBERSHIP, changed),
-            (DELETE_MEMBERSHIP, gone),
-        ] {
-            if !rows.is_empty() {
+        for (sql, entries) in [(INSERT_MEMBERSHIP, added), (UPSERT_MEMBERSHIP, changed)] {
+            for entries in entries.chunks(MEMBERS_AT_ONCE) {
+                let rows: Vec<_> = entries
+                    .iter()
+                    .map(|(user, said, nid, at, local)| row![room, *user, *said, *nid, *at, *local])
+                    .collect();
                 c.execute_many(sql, &rows)?;
             }
+        }
+        if !gone.is_empty() {
+            let rows: Vec<_> = gone.iter().map(|member| row![room, &member.user]).collect();
+            c.execute_many(DELETE_MEMBERSHIP, &rows)?;
         }
         let rows: Vec<_> = hosts
             .iter()
@@ -988,6 +992,8 @@ const ALL_MEMBERSHIPS: &str = "SELECT user_id, membership FROM memberships WHERE
 const INSERT_ROOM_STATE: &str =
     "INSERT INTO room_states (room_nid, position, root) VALUES ($1, $2, $3)
     ON CONFLICT (room_nid, position) DO UPDATE SET root = excluded.root";
+/// Rows that are in memory as parameters at one time.
+const MEMBERS_AT_ONCE: usize = 1000;
 const INSERT_MEMBERSHIP: &str = "INSERT INTO memberships
     (room_nid, user_id, membership, event_nid, position, local) VALUES ($1, $2, $3, $4, $5, $6)";
 const UPSERT_MEMBERSHIP: &str = "INSERT INTO memberships
