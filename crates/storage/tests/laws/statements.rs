@@ -11,7 +11,7 @@ pub async fn every_statement_is_one_that_the_engine_takes(database: &Database) {
     for entry in std::fs::read_dir(sources).unwrap() {
         let path = entry.unwrap().path();
         // The drivers' own texts are no statements of the common kind.
-        let own = ["sqlite.rs", "postgres.rs", "migrations.rs"];
+        let own = ["sqlite.rs", "statistics.rs", "postgres.rs", "migrations.rs"];
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         if name.ends_with(".rs") && !own.contains(&&*name) {
             let text = std::fs::read_to_string(&path).unwrap();
