@@ -134,7 +134,10 @@ impl Kept {
         for file in std::fs::read_dir(&self.home)? {
             let file = file?;
             if file.file_type()?.is_file() {
-                std::fs::copy(file.path(), home.join(file.file_name()))?;
+                let copy = home.join(file.file_name());
+                std::fs::copy(file.path(), &copy)?;
+                // Or the first commit of the resident waits until all of it is on the disk.
+                File::open(copy)?.sync_all()?;
             }
         }
         let mut plan = Plan::new(Program::Vestibule(vestibule()?), home.to_owned());

@@ -550,7 +550,7 @@ mod tests {
     use rusqlite::StatementStatus;
 
     use super::*;
-    use crate::{Options, Store};
+    use crate::{Options, Store, row};
 
     #[test]
     fn a_limit_given_as_a_parameter_does_not_compile_a_statement_anew() {
@@ -562,6 +562,32 @@ mod tests {
             assert!(statement.raw_query().next().unwrap().is_none());
         }
         assert_eq!(statement.get_status(StatementStatus::RePrepare), 0);
+    }
+
+    /// Some 130 MB, written as fast as they can be.
+    #[tokio::test]
+    async fn the_log_is_copied_beside_the_writer_and_has_an_end() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("a.db");
+        let url = format!("sqlite:{}", path.display());
+        let store = Store::open(&url, Options::default()).await.unwrap();
+        let create = "CREATE TABLE t (n INTEGER PRIMARY KEY, text TEXT)";
+        store.write(move |c| c.execute(create, &[])).await.unwrap();
+        for _ in 0..32 {
+            let fill = "INSERT INTO t (text) VALUES ($1)";
+            let rows = store.write(move |c| {
+                let text = "x".repeat(16_000);
+                c.execute_many(fill, &vec![row![text.as_str()]; 256])
+            });
+            assert_eq!(rows.await.unwrap(), 256);
+        }
+        let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+        let log = home.path().join("a.db-wal");
+        let end = LOG_PAGES_MAX.unsigned_abs() + 1000;
+        assert!(size(&log) < u64::from(end) * 16_384);
+        while size(&path) < 64 << 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     const ADD: &str = "INSERT INTO streams (kind, position) VALUES ($1, 1)";

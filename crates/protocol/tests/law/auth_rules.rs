@@ -788,6 +788,36 @@ fn by_auth(version: RoomVersion, change: impl Fn(&mut Vec<(Pdu, bool)>)) -> Resu
     auth::check_auth_events(version, &event, Some(&create), &auth)
 }
 
+/// What a fetch keeps of a former membership says the same to the rules as the event does.
+#[test]
+fn a_bare_member_stands_for_its_event() {
+    for version in RoomVersion::ALL {
+        for word in ["invite", "join", "leave", "ban", "knock", "odd"] {
+            let swapped = |bare: bool| {
+                by_auth(version, |auth| {
+                    let carol = auth
+                        .iter_mut()
+                        .find(|(pdu, _)| pdu.is("m.room.member", CAROL));
+                    let (standing, _) = carol.expect("her membership is among them");
+                    let said = pdu(version, &member(CAROL, CAROL, word), 2);
+                    *standing = match bare {
+                        true => Pdu::bare_member(
+                            version,
+                            &said.event_id,
+                            said.room_id.clone(),
+                            said.state_key.clone().unwrap(),
+                            said.membership(),
+                        ),
+                        false => said,
+                    };
+                })
+            };
+            assert_eq!(swapped(true), swapped(false), "{version} {word}");
+            assert_eq!(swapped(true).is_ok(), word == "join", "{version} {word}");
+        }
+    }
+}
+
 #[test]
 fn v17_p15_what_may_stand_in_auth_events() {
     for version in RoomVersion::ALL {

@@ -356,6 +356,26 @@ pub async fn a_stale_write_set_writes_nothing(database: &Database) {
     assert_eq!(known[&made.pdu.event_id].place, Place::Timeline);
 }
 
+/// Roughly, but little is little and nothing nothing.
+pub async fn how_much_of_a_state_is_stored_is_known(database: &Database) {
+    let mut fixture = Fixture::joined(database).await;
+    let Loaded::StateStored(before) = fixture.load(Load::StateStored).await else {
+        panic!()
+    };
+    assert!((1..10).contains(&before), "{before}");
+    for n in 0..40 {
+        let (made, state) = fixture
+            .make("@alice:localhost", "a.b", Some(&n.to_string()), json!({}))
+            .await;
+        let writes = fixture.appending(&made, state);
+        fixture.commit(writes).await.unwrap();
+    }
+    let Loaded::StateStored(after) = fixture.load(Load::StateStored).await else {
+        panic!()
+    };
+    assert!((20..80).contains(&(after - before)), "{before}, {after}");
+}
+
 pub async fn states_are_kept_at_every_event(database: &Database) {
     let mut fixture = Fixture::joined(database).await;
     let mut topics = Vec::new();
