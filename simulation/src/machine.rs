@@ -231,6 +231,11 @@ impl<'a> World<'a> {
             let options = ResyncOptions {
                 compare_donors: seed.is_multiple_of(2),
                 chunk: 3 + (seed / 2 % 40) as usize,
+                state_at_once_from: if seed.is_multiple_of(3) {
+                    usize::MAX
+                } else {
+                    0
+                },
             };
             // O-46: one liar gets nowhere, unless there is nobody to contradict it.
             let lies = options.compare_donors && self.faults == 0;

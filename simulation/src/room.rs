@@ -689,6 +689,11 @@ impl World {
         let options = ResyncOptions {
             compare_donors: seed.is_multiple_of(2),
             chunk: 3 + (seed / 2 % 40) as usize,
+            state_at_once_from: if seed.is_multiple_of(3) {
+                usize::MAX
+            } else {
+                0
+            },
         };
         let mut resync = Resync::new(own, self.room.clone(), options, seed, self.now());
         if let Some(rest) = rest {

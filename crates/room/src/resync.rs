@@ -35,8 +35,11 @@ const REST_MAX: Duration = Duration::from_secs(3600);
 /// Rounds in which events without a key are waited for when no notary can be asked; one notary that is never
 /// there must not keep a room partial for ever (S-6a).
 const UNVOUCHED_ROUNDS_MAX: u32 = 3;
-/// With fewer state events here than this, nearly all of the state will be missing, and is asked for at once.
+/// With fewer state events here than this, nearly all of a large room's state will be missing, and is asked for
+/// at once.
 const LITTLE_STORED: u64 = 1000;
+/// With so many servers in it a room is large, and working out the ids of its state takes long.
+const MANY_SERVERS: usize = 50;
 /// While a handshake of ours runs the marker must stay (S-12a).
 const HANDSHAKE_REST: Duration = Duration::from_millis(500);
 /// After this long with nobody of ours in the room a partial room is given up (S-29).
@@ -60,6 +63,8 @@ pub struct ResyncOptions {
     pub compare_donors: bool,
     /// Events of one commit.
     pub chunk: usize,
+    /// From so many servers in the room on, its state is asked for along with the ids of it.
+    pub state_at_once_from: usize,
 }
 
 impl Default for ResyncOptions {
@@ -67,6 +72,7 @@ impl Default for ResyncOptions {
         Self {
             compare_donors: true,
             chunk: CHUNK,
+            state_at_once_from: MANY_SERVERS,
         }
     }
 }
@@ -356,9 +362,10 @@ impl Resync {
             let servers = marker.servers_in_room.clone();
             self.out.tell(Tell::PrefetchKeys { servers });
         }
+        let large = marker.servers_in_room.len() >= self.options.state_at_once_from;
         let little = matches!(self.facts.state_stored(), Ok(stored) if stored < LITTLE_STORED);
         let fetch = Fetch::new(room, version, wanted, donors, compare, &mut self.out)
-            .with_state_at_once(little, &mut self.out)
+            .with_state_at_once(large && little, &mut self.out)
             .in_chunks_of(self.options.chunk)
             .patiently(self.rounds_failed < UNVOUCHED_ROUNDS_MAX);
         self.state = State::Fetching(Box::new(fetch), Goal::After(event));

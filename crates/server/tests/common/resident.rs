@@ -837,10 +837,6 @@ async fn state_ids(State(here): Here, Path(room): Path<String>, Query(at): Query
 
 async fn whole_state(State(here): Here, Path(room): Path<String>, Query(at): Query<At>) -> Reply {
     here.note(format!("state {}", at.event_id));
-    if here.script.lock().unwrap().state_ids.is_some() {
-        // Who has no ids to give has no state either.
-        return Err(refusal(StatusCode::NOT_FOUND, "M_NOT_FOUND", "no state"));
-    }
     let (state, _) = here.state_at(&at.event_id)?;
     let room = here.room(&room)?;
     Ok(Json(json!({
