@@ -2,8 +2,9 @@
 //! S-6, S-6a).
 //!
 //! The ids first, then only what is not stored: all at once when that is much, one by one from several
-//! servers when it is little. Whoever knows beforehand that it is much asks for both at the same time. What is verified is committed in chunks, and what is committed is not fetched
-//! again after a crash (S-25). While the store takes one chunk the next is judged, and more is verified.
+//! servers when it is little. Whoever knows beforehand that it is much asks for both at the same time. What is
+//! verified is committed in chunks, and what is committed is not fetched again after a crash (S-25). While the
+//! store takes one chunk the next is judged, and more is verified.
 //!
 //! The ids may be asked of two servers (O-46). When these do not agree, neither is believed: both states are
 //! fetched, and whoever needs the state resolves them, as if the room had forked there. So a server that
@@ -156,8 +157,8 @@ pub(crate) struct Fetch {
     checks: BTreeMap<Ticket, Option<Section>>,
     /// What of an answer to our join is still to be checked.
     given: VecDeque<(Section, Vec<RawPdu>)>,
-    /// The request for a whole state that runs.
-    body: Option<Ticket>,
+    /// The request for a whole state that runs, and who is asked.
+    body: Option<(Ticket, usize)>,
     /// Requests for single events out of that body.
     ahead: BTreeSet<Ticket>,
     asked_ahead: BTreeSet<EventId>,
@@ -457,7 +458,7 @@ impl Fetch {
             }
             (stage, Input::Part { ticket, pdus, .. }) => {
                 self.stage = stage;
-                if self.body == Some(ticket) {
+                if self.is_body(ticket) {
                     self.check(pdus, out);
                 }
             }
@@ -468,7 +469,7 @@ impl Fetch {
                 }
                 return self.think_if_idle(out, now);
             }
-            (stage, Input::Answered { ticket, .. }) if self.body == Some(ticket) => {
+            (stage, Input::Answered { ticket, .. }) if self.is_body(ticket) => {
                 // Whatever came counts. What it lacked is asked for elsewhere.
                 self.stage = stage;
                 self.body = None;
@@ -520,12 +521,18 @@ impl Fetch {
                     self.ids.want(event);
                 }
                 self.sources.push(Source { donor });
+                // Another was asked for the state, and nothing is here of it: it may never come.
+                if self.early.is_empty() && self.checks.is_empty() {
+                    self.body = self.body.filter(|(_, asked)| *asked == donor);
+                }
                 let early = std::mem::take(&mut self.early);
                 self.on_checked(None, early);
             }
             Err(failure) => {
                 self.failures
                     .push((self.donors[donor].clone(), failure.clone()));
+                // Who has no ids is not waited for (S-21). What came of its state counts.
+                self.body = self.body.filter(|(_, asked)| *asked != donor);
                 if self.sources.is_empty() && self.ids_asked.is_empty() {
                     return Some(Err(failure));
                 }
@@ -678,6 +685,10 @@ impl Fetch {
         sources.iter().copied().chain(others).collect()
     }
 
+    fn is_body(&self, ticket: Ticket) -> bool {
+        self.body.is_some_and(|(running, _)| running == ticket)
+    }
+
     fn is_idle(&self) -> bool {
         self.checks.is_empty()
             && self.given.is_empty()
@@ -777,7 +788,8 @@ impl Fetch {
         self.asked_for_state.insert(donor);
         let room = self.facts.room.clone();
         let ask = Ask::State { room, event_id };
-        self.body = Some(out.ask(&self.donors[donor], ask, STATE_TIMEOUT));
+        let ticket = out.ask(&self.donors[donor], ask, STATE_TIMEOUT);
+        self.body = Some((ticket, donor));
     }
 
     /// What is to be done next, from all that is here.
@@ -1220,4 +1232,125 @@ enum Thought {
 
 fn unreachable(reason: &str) -> Unfetched {
     Unfetched::Unreachable(reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::effect::Effect;
+
+    const NOW: Now = Now {
+        since_start: Duration::ZERO,
+        unix_ms: 0,
+    };
+
+    fn ids(names: &[&str]) -> Vec<EventId> {
+        let ids = names.iter().map(|name| EventId::parse(name));
+        ids.collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Asked two donors for ids, and the first one for the state too.
+    struct Asked {
+        fetch: Fetch,
+        out: Outbox,
+        /// In the order of the donors.
+        for_ids: Vec<Ticket>,
+        for_state: Ticket,
+    }
+
+    fn asked_at_once() -> Asked {
+        let mut out = Outbox::default();
+        let room = RoomId::parse("!a:a.org").unwrap();
+        let donors = ["a.org", "b.org"].map(|name| ServerName::parse(name).unwrap());
+        let event = EventId::parse("$e").unwrap();
+        let version = RoomVersion::V11;
+        let fetch = Fetch::new(room, version, event, donors.to_vec(), true, &mut out)
+            .with_state_at_once(true, &mut out);
+        let mut asked = Vec::new();
+        while let Some(effect) = out.next() {
+            match effect {
+                Effect::Ask { ticket, .. } => asked.push(ticket),
+                other => panic!("{other:?}"),
+            }
+        }
+        let [first, second, for_state] = asked[..] else {
+            panic!("{asked:?}")
+        };
+        Asked {
+            fetch,
+            out,
+            for_ids: vec![first, second],
+            for_state,
+        }
+    }
+
+    impl Asked {
+        fn answer(&mut self, ticket: Ticket, answer: Result<Answer, AskError>) {
+            let from = ServerName::parse("whoever.org").unwrap();
+            let input = Input::Answered {
+                ticket,
+                from,
+                answer,
+            };
+            assert!(self.fetch.handle(input, &mut self.out, NOW).is_none());
+        }
+
+        fn give_ids(&mut self, donor: usize) {
+            let answer = Answer::StateIds {
+                pdu_ids: ids(&["$a", "$b", "$c"]),
+                auth_chain_ids: Vec::new(),
+            };
+            self.answer(self.for_ids[donor], Ok(answer));
+        }
+
+        /// Nothing is stored. Who is asked for the state then, if anybody.
+        fn asks_for_state(&mut self) -> Option<ServerName> {
+            while let Some(effect) = self.out.next() {
+                match effect {
+                    Effect::Load { ticket, .. } => {
+                        let loaded = Loaded::Known(BTreeMap::new());
+                        let input = Input::Loaded { ticket, loaded };
+                        assert!(self.fetch.handle(input, &mut self.out, NOW).is_none());
+                    }
+                    Effect::Ask {
+                        to,
+                        ask: Ask::State { .. },
+                        ..
+                    } => return Some(to),
+                    Effect::Ask {
+                        ask: Ask::Event { .. },
+                        ..
+                    } => return None,
+                    other => panic!("{other:?}"),
+                }
+            }
+            None
+        }
+    }
+
+    #[test]
+    fn p17_who_is_giving_the_state_is_not_asked_twice() {
+        let mut asked = asked_at_once();
+        asked.give_ids(0);
+        assert_eq!(asked.asks_for_state(), None);
+        // Nothing came: what is missing is asked for by itself.
+        asked.answer(asked.for_state, Ok(Answer::State));
+        assert_eq!(asked.asks_for_state(), None);
+    }
+
+    #[test]
+    fn s21_who_is_silent_is_not_waited_for_when_another_gives_ids() {
+        let mut asked = asked_at_once();
+        asked.give_ids(1);
+        assert_eq!(asked.asks_for_state().unwrap().as_str(), "b.org");
+    }
+
+    #[test]
+    fn s21_who_has_no_ids_is_not_waited_for_with_its_state() {
+        let mut asked = asked_at_once();
+        let reason = "gone".to_owned();
+        asked.answer(asked.for_ids[0], Err(AskError::Unreachable { reason }));
+        asked.give_ids(1);
+        assert_eq!(asked.asks_for_state().unwrap().as_str(), "b.org");
+    }
 }
