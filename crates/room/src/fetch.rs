@@ -520,9 +520,10 @@ impl Fetch {
                 if let Some(event) = &self.event {
                     self.ids.want(event);
                 }
+                let first = self.sources.is_empty();
                 self.sources.push(Source { donor });
                 // Another was asked for the state, and nothing is here of it: it may never come.
-                if self.early.is_empty() && self.checks.is_empty() {
+                if first && self.early.is_empty() && self.checks.is_empty() {
                     self.body = self.body.filter(|(_, asked)| *asked == donor);
                 }
                 let early = std::mem::take(&mut self.early);
@@ -545,8 +546,8 @@ impl Fetch {
                 self.stage = Stage::Thinking;
                 self.think(out, now)
             }
-            // What it adds is seen at the next thought.
-            _ => None,
+            // What it adds is seen at the next thought, which may have waited for its state alone.
+            _ => self.think_if_idle(out, now),
         }
     }
 
@@ -1343,6 +1344,16 @@ mod tests {
         let mut asked = asked_at_once();
         asked.give_ids(1);
         assert_eq!(asked.asks_for_state().unwrap().as_str(), "b.org");
+    }
+
+    #[test]
+    fn a_state_that_comes_goes_on_coming_when_another_gives_ids() {
+        let mut asked = asked_at_once();
+        asked.give_ids(0);
+        assert_eq!(asked.asks_for_state(), None);
+        asked.give_ids(1);
+        assert_eq!(asked.asks_for_state(), None);
+        assert!(asked.fetch.is_body(asked.for_state));
     }
 
     #[test]
