@@ -40,6 +40,8 @@ const UNVOUCHED_ROUNDS_MAX: u32 = 3;
 const LITTLE_STORED: u64 = 1000;
 /// With so many servers in it a room is large, and working out the ids of its state takes long.
 const MANY_SERVERS: usize = 50;
+/// Servers whose keys are asked for before an event of theirs is here: whom a resident names need not exist.
+const KEYS_AHEAD_MAX: usize = 10_000;
 /// While a handshake of ours runs the marker must stay (S-12a).
 const HANDSHAKE_REST: Duration = Duration::from_millis(500);
 /// After this long with nobody of ours in the room a partial room is given up (S-29).
@@ -359,7 +361,8 @@ impl Resync {
         let (version, wanted) = (head.version, event.clone());
         // Each of them has a member, and so an event in what is asked for below.
         if !std::mem::replace(&mut self.keys_wanted, true) {
-            let servers = marker.servers_in_room.clone();
+            let servers = marker.servers_in_room.iter().take(KEYS_AHEAD_MAX);
+            let servers = servers.cloned().collect();
             self.out.tell(Tell::PrefetchKeys { servers });
         }
         let large = marker.servers_in_room.len() >= self.options.state_at_once_from;
