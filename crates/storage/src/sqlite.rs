@@ -585,9 +585,13 @@ mod tests {
         let log = home.path().join("a.db-wal");
         let end = LOG_PAGES_MAX.unsigned_abs() + 1000;
         assert!(size(&log) < u64::from(end) * 16_384);
-        while size(&path) < 64 << 20 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let copied = async {
+            while size(&path) < 64 << 20 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let copied = tokio::time::timeout(Duration::from_secs(30), copied).await;
+        copied.expect("the log is copied");
     }
 
     const ADD: &str = "INSERT INTO streams (kind, position) VALUES ($1, 1)";
