@@ -192,10 +192,11 @@ struct Bare<'a> {
 
 impl<'a> Bare<'a> {
     fn of(pdu: &Pdu, signed: &'a str, corpus: &Corpus) -> anyhow::Result<Self> {
-        let (server, _, signature) = pdu.signatures.first().context("unsigned")?;
-        let key = corpus.keys.0.get(server).context("no key")?;
+        let signed_by = pdu.signatures().next().context("unsigned")?;
+        let server = ServerName::parse(signed_by.server)?;
+        let key = corpus.keys.0.get(&server).context("no key")?;
         let key = VerifyingKey::from_bytes(key.as_bytes())?;
-        let signature = decode(signature).context("no base64")?;
+        let signature = decode(&signed_by.text).context("no base64")?;
         Ok(Self {
             point: key.to_edwards(),
             key,

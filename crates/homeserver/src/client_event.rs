@@ -43,7 +43,7 @@ pub fn write_state_event(pdu: &Pdu, unsigned: &Unsigned, out: &mut String) {
         return;
     }
     out.push_str("{\"content\":");
-    out.push_str(&pdu.content);
+    out.push_str(pdu.content());
     let state_key = pdu.state_key.as_deref().map(|key| ("state_key", key));
     let texts = [
         ("event_id", pdu.event_id.as_str()),

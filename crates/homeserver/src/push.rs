@@ -500,7 +500,7 @@ fn notification(
         device["tweaks"] = push_rules::tweaks(&actions).into();
         notification["type"] = (*event.kind).into();
         notification["sender"] = event.sender.as_str().into();
-        notification["content"] = serde_json::from_str(&event.content).unwrap_or_default();
+        notification["content"] = serde_json::from_str(event.content()).unwrap_or_default();
         if event.state_key.as_deref() == Some(pusher.user.as_str()) {
             notification["user_is_target"] = true.into();
         }
@@ -604,7 +604,7 @@ fn power_levels(
     levels: Option<&Pdu>,
 ) -> Option<PushConditionPowerLevelsCtx> {
     let rules = RoomVersionId::try_from(version).ok()?.rules()?;
-    let create_content: Value = serde_json::from_str(&create.content).ok()?;
+    let create_content: Value = serde_json::from_str(create.content()).ok()?;
     let also = create_content["additional_creators"]
         .as_array()
         .into_iter()
@@ -615,7 +615,7 @@ fn power_levels(
         .filter_map(|user| OwnedUserId::try_from(user).ok())
         .collect();
     let content: Value = levels
-        .and_then(|pdu| serde_json::from_str(&pdu.content).ok())
+        .and_then(|pdu| serde_json::from_str(pdu.content()).ok())
         .unwrap_or_default();
     let mut users: BTreeMap<OwnedUserId, _> = content["users"]
         .as_object()

@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
+use std::ops::Range;
 
 use serde_json::Value;
 use smallvec::SmallVec;
@@ -158,10 +159,14 @@ impl Object {
 
     /// The value of a key that needs no escape.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.members
-            .iter()
-            .find(|member| member.key(&self.text) == key)
-            .map(|member| member.value(&self.text))
+        self.span(key).map(|span| &self.text[span])
+    }
+
+    /// Where in `text` that value stands.
+    pub fn span(&self, key: &str) -> Option<Range<usize>> {
+        let mut members = self.members.iter();
+        let member = members.find(|member| member.key(&self.text) == key)?;
+        Some(member.value..member.end)
     }
 }
 

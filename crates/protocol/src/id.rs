@@ -191,6 +191,11 @@ impl Hash for HashText {
 }
 
 impl UserId {
+    /// The text itself, not a copy.
+    pub fn shared(&self) -> Arc<str> {
+        Arc::clone(&self.0)
+    }
+
     pub fn localpart(&self) -> &str {
         split_domain(&self.0, '@').map_or("", |(local, _)| local)
     }

@@ -3,6 +3,7 @@
 //! Checks 1 and 3 of <https://spec.matrix.org/v1.18/server-server-api/#checks-performed-on-receipt-of-a-pdu>.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 
 use base64::Engine as _;
@@ -25,13 +26,11 @@ const SIGNATURES_MAX: usize = 64;
 struct Bare {
     sender: UserId,
     kind: Arc<str>,
-    json: Arc<str>,
 }
 
 static BARE: LazyLock<Bare> = LazyLock::new(|| Bare {
     sender: UserId::parse("@nobody:invalid").expect("a valid id"),
     kind: "m.room.member".into(),
-    json: "{}".into(),
 });
 
 /// A PDU whose format, size and content hash have been checked. Signatures are another step.
@@ -44,8 +43,6 @@ pub struct Pdu {
     /// The event's `type`.
     pub kind: Arc<str>,
     pub state_key: Option<Arc<str>>,
-    /// The `content` object, canonical JSON.
-    pub content: Arc<str>,
     pub origin_server_ts: i64,
     pub depth: i64,
     pub prev_events: Vec<EventId>,
@@ -60,8 +57,45 @@ pub struct Pdu {
     /// A field has more than 255 bytes, though not more than 255 code points: to be stored as rejected
     /// (V-20). Never in versions 11 and later.
     pub oversized_field: bool,
-    /// `signatures` as they stood: server, key id, unpadded base64.
-    pub signatures: Vec<(ServerName, String, String)>,
+    pub spans: Spans,
+}
+
+/// Where in an event's canonical JSON that stands which is read again. Tens of thousands of events are in
+/// memory at a time, so nothing of their text is there twice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spans {
+    content: Range<u32>,
+    /// Empty where there are none.
+    signatures: Range<u32>,
+}
+
+impl Spans {
+    /// In the canonical JSON of an event.
+    pub fn of(json: &str) -> Self {
+        Self::within(&Object::index(json.to_owned()))
+    }
+
+    fn within(event: &Object) -> Self {
+        let span = |key| {
+            let span = event.span(key).unwrap_or(0..0);
+            let at = |at| u32::try_from(at).expect("events have 64 kB at most");
+            at(span.start)..at(span.end)
+        };
+        Self {
+            content: span("content"),
+            signatures: span("signatures"),
+        }
+    }
+}
+
+/// One entry of `signatures`, as it stood.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Signature<'p> {
+    /// Any text: it need not be the name of a server.
+    pub server: &'p str,
+    pub key_id: &'p str,
+    /// Unpadded base64, if it is a signature.
+    pub text: Cow<'p, str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -130,10 +164,10 @@ impl Pdu {
         user: Arc<str>,
         membership: Option<&str>,
     ) -> Self {
-        let mut content = String::from("{}");
-        if let Some(membership) = membership {
-            content = format!("{{\"membership\":\"{membership}\"}}");
-        }
+        let json = match membership {
+            Some(membership) => format!("{{\"content\":{{\"membership\":\"{membership}\"}}}}"),
+            None => "{\"content\":{}}".to_owned(),
+        };
         Self {
             version,
             event_id: event_id.clone(),
@@ -141,17 +175,43 @@ impl Pdu {
             sender: BARE.sender.clone(),
             kind: Arc::clone(&BARE.kind),
             state_key: Some(user),
-            content: content.into(),
             origin_server_ts: 0,
             depth: 0,
             prev_events: Vec::new(),
             auth_events: Vec::new(),
             redacts: None,
-            json: Arc::clone(&BARE.json),
+            spans: Spans::of(&json),
+            json: json.into(),
             redacted: false,
             oversized_field: false,
-            signatures: Vec::new(),
         }
+    }
+
+    /// The `content` object, canonical JSON.
+    pub fn content(&self) -> &str {
+        self.span(&self.spans.content)
+    }
+
+    fn span(&self, span: &Range<u32>) -> &str {
+        &self.json[span.start as usize..span.end as usize]
+    }
+
+    /// The first of its signatures. Entries that are no signature of anybody are left out: they prove nothing.
+    pub fn signatures(&self) -> impl Iterator<Item = Signature<'_>> {
+        let by_server = self.span(&self.spans.signatures);
+        let servers = canonical_json::members(by_server);
+        let entries = servers.flat_map(move |server| {
+            let (name, by_key) = (server.key(by_server), server.value(by_server));
+            let entries = canonical_json::members(by_key);
+            entries.filter_map(move |entry| {
+                Some(Signature {
+                    server: name,
+                    key_id: entry.key(by_key),
+                    text: canonical_json::string(entry.value(by_key))?,
+                })
+            })
+        });
+        entries.take(SIGNATURES_MAX)
     }
 
     pub fn is_state(&self) -> bool {
@@ -177,7 +237,7 @@ impl Pdu {
 
     /// The canonical text of one value in `content`. For keys that need no escape.
     pub fn content_raw(&self, key: &str) -> Option<&str> {
-        canonical_json::get(&self.content, key)
+        canonical_json::get(self.content(), key)
     }
 
     /// A string in `content`.
@@ -192,7 +252,7 @@ impl Pdu {
 
     /// The whole `content`, for those who look at more than a key or two.
     pub fn content_value(&self) -> Value {
-        serde_json::from_str(&self.content)
+        serde_json::from_str(self.content())
             .unwrap_or_else(|_| Value::Object(serde_json::Map::new()))
     }
 
@@ -242,6 +302,7 @@ fn extract(
     let rules = version.rules();
     let content = format::object(&event, "content")?;
     let state_key = format::optional_string(&event, "state_key")?;
+    format::optional_object(&event, "signatures")?;
     let sender = format::sender(&event)?;
     let room_id = format::room_id(&event, rules, &kind, state_key.as_deref(), &event_id)?;
     let oversized_field = format::has_oversized_field(
@@ -272,12 +333,16 @@ fn extract(
     } else {
         None
     };
+    // Members mostly speak for themselves.
+    let state_key = state_key.map(|key| match key == sender.as_str() {
+        true => sender.shared(),
+        false => key.into(),
+    });
     Ok(Pdu {
         version,
         room_id,
         sender,
-        state_key: state_key.map(Arc::from),
-        content: content.into(),
+        state_key,
         origin_server_ts: format::integer(&event, "origin_server_ts")?,
         depth: format::depth(&event, rules)?,
         prev_events: format::references(&event, "prev_events", rules)?,
@@ -285,41 +350,9 @@ fn extract(
         redacts,
         redacted,
         oversized_field,
-        signatures: signatures(&event)?,
         event_id,
         kind: kind.into(),
+        spans: Spans::within(&event),
         json: event.text.into(),
     })
-}
-
-/// Entries that are no signature of anybody are left out: they prove nothing.
-fn signatures(event: &Object) -> Result<Vec<(ServerName, String, String)>, PduError> {
-    let Some(by_server) = format::optional_object(event, "signatures")? else {
-        return Ok(Vec::new());
-    };
-    let mut all = Vec::new();
-    for server in canonical_json::members(by_server) {
-        let (name, by_key) = (server.key(by_server), server.value(by_server));
-        let Ok(name) = ServerName::parse(name) else {
-            continue;
-        };
-        if !by_key.starts_with('{') {
-            continue;
-        }
-        for entry in canonical_json::members(by_key) {
-            let Some(signature) = canonical_json::string(entry.value(by_key)) else {
-                continue;
-            };
-            if all.len() == SIGNATURES_MAX {
-                return Ok(all);
-            }
-            all.push((
-                name.clone(),
-                entry.key(by_key).to_owned(),
-                signature.into_owned(),
-            ));
-        }
-    }
-    all.shrink_to_fit();
-    Ok(all)
 }

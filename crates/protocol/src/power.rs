@@ -283,7 +283,7 @@ impl Readable {
 impl Levels {
     pub(crate) fn parse(rules: &Rules, pdu: &Pdu) -> Self {
         // Lenient JSON has numbers that no double holds; with one of them the whole is unreadable.
-        let Ok(content) = serde_json::from_str::<Value>(&pdu.content) else {
+        let Ok(content) = serde_json::from_str::<Value>(pdu.content()) else {
             let nothing = Readable(Err(Unreadable));
             return Self {
                 named: [Err(Unreadable); 7],

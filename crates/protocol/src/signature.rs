@@ -15,7 +15,7 @@ pub use self::verify_key::{BadVerifyKey, VerifyKey};
 use crate::canonical_json::{JsonError, Object};
 use crate::hash::{self, BASE64};
 use crate::id::{ServerName, UserId};
-use crate::pdu::Pdu;
+use crate::pdu::{Pdu, Signature};
 use crate::room_version::RoomVersion;
 
 /// What policy servers sign with: a key that stands in a room's state, and that nobody publishes.
@@ -88,10 +88,13 @@ pub fn required_servers(pdu: &Pdu) -> Result<Vec<ServerName>, SignatureError> {
 /// The keys that would have to be known to judge this event: server and key id.
 pub fn needed_keys(pdu: &Pdu) -> Vec<(ServerName, String)> {
     let servers = required_servers(pdu).unwrap_or_default();
-    pdu.signatures
-        .iter()
-        .filter(|(server, key_id, _)| servers.contains(server) && is_server_key(key_id))
-        .map(|(server, key_id, _)| (server.clone(), key_id.clone()))
+    pdu.signatures()
+        .filter(|signature| is_server_key(signature.key_id))
+        .filter_map(|signature| {
+            let mut servers = servers.iter();
+            let server = servers.find(|server| server.as_str() == signature.server)?;
+            Some((server.clone(), signature.key_id.to_owned()))
+        })
         .collect()
 }
 
@@ -151,7 +154,7 @@ pub fn verify_pdus(
 
 /// A signature whose key is known.
 struct Claim<'p> {
-    server: &'p ServerName,
+    server: ServerName,
     key_id: &'p str,
     key: VerifyKey,
     signature: [u8; 64],
@@ -189,22 +192,23 @@ fn add_claims<'p>(
     for required in required_servers(pdu)? {
         let before = claims.len();
         let mut signed = false;
-        for (server, key_id, text) in pdu.signatures.iter().filter(|(by, ..)| *by == required) {
+        let by_it = |signature: &Signature<'_>| signature.server == required.as_str();
+        for Signature { key_id, text, .. } in pdu.signatures().filter(by_it) {
             if !is_server_key(key_id) {
                 continue;
             }
             signed = true;
-            let Some(key) = keys.key(server, key_id, pdu.origin_server_ts, pdu.version) else {
+            let Some(key) = keys.key(&required, key_id, pdu.origin_server_ts, pdu.version) else {
                 continue;
             };
-            let Some(signature) = decode(text) else {
+            let Some(signature) = decode(&text) else {
                 return Err(SignatureError::Wrong {
+                    key_id: key_id.to_owned(),
                     server: required,
-                    key_id: key_id.clone(),
                 });
             };
             claims.push(Claim {
-                server,
+                server: required.clone(),
                 key_id,
                 key,
                 signature,
@@ -227,9 +231,9 @@ fn is_server_key(key_id: &str) -> bool {
 
 /// Whether an event bears a right signature of this server with this very key.
 pub fn is_signed_by(pdu: &Pdu, server: &ServerName, key_id: &str, key: &VerifyKey) -> bool {
-    let mut signatures = pdu.signatures.iter();
-    let found = signatures.find(|(by, id, _)| by == server && id == key_id);
-    let signature = found.and_then(|(.., text)| decode(text));
+    let mut signatures = pdu.signatures();
+    let found = signatures.find(|one| one.server == server.as_str() && one.key_id == key_id);
+    let signature = found.and_then(|found| decode(&found.text));
     signature.is_some_and(|signature| key.verify(pdu.signing_bytes().as_bytes(), &signature))
 }
 

@@ -123,9 +123,8 @@ impl Invite {
             _ => return self.done(Err(Refusal::bad_gateway("another event came back").into())),
         };
         if !signed
-            .signatures
-            .iter()
-            .any(|(server, ..)| *server == self.invitee)
+            .signatures()
+            .any(|signature| signature.server == self.invitee.as_str())
         {
             let refusal = Refusal::bad_gateway("the invite came back without a signature");
             return self.done(Err(refusal.into()));

@@ -92,8 +92,7 @@ pub(crate) struct BodyWeight;
 
 impl Weighter<EventNid, Body> for BodyWeight {
     fn weight(&self, _: &EventNid, body: &Body) -> u64 {
-        let text = body.pdu.json.len() + body.pdu.content.len();
-        EVENT_OVERHEAD + text as u64
+        EVENT_OVERHEAD + body.pdu.json.len() as u64
     }
 }
 

@@ -42,7 +42,7 @@ pub fn add(c: &mut dyn Conn, room: RoomNid, events: &[(EventNid, &Pdu)]) -> Resu
             c.execute(REDACTION, &[nid, target])?;
         }
         // Most events relate to nothing and hold no text; those need no look inside.
-        if pdu.content.contains("m.relates_to") {
+        if pdu.content().contains("m.relates_to") {
             relations.extend(relation(&content(pdu)).map(|relation| (*nid, *pdu, relation)));
         }
         if let Some((field, key)) = searched(&pdu.kind)
@@ -91,7 +91,7 @@ pub fn remove(c: &mut dyn Conn, events: &[EventNid]) -> Result<()> {
 }
 
 fn content(pdu: &Pdu) -> Value {
-    serde_json::from_str(&pdu.content).unwrap_or_default()
+    serde_json::from_str(pdu.content()).unwrap_or_default()
 }
 
 struct Relation {

@@ -741,7 +741,7 @@ impl Theirs {
             sender: OwnedUserId::try_from(pdu.sender.as_str()).unwrap(),
             ts: serde_json::from_value(Value::from(pdu.origin_server_ts)).unwrap(),
             kind: TimelineEventType::from(&*pdu.kind),
-            content: RawValue::from_string(pdu.content.to_string()).unwrap(),
+            content: RawValue::from_string(pdu.content().to_string()).unwrap(),
             state_key: pdu.state_key.as_deref().map(str::to_owned),
             prev_events: pdu.prev_events.iter().map(id).collect(),
             auth_events: pdu.auth_events.iter().map(id).collect(),

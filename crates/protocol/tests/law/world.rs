@@ -9,7 +9,7 @@ use protocol::canonical_json::to_canonical_lenient;
 use protocol::event_set::{EventSet, StateKey, StoredEvent};
 use protocol::id::{EventId, RoomId, UserId};
 use protocol::nid::{EventNid, KeyNid};
-use protocol::pdu::Pdu;
+use protocol::pdu::{Pdu, Spans};
 use protocol::room_version::RoomVersion;
 use protocol::state::StateMap;
 use protocol::state_resolution::{in_question, resolve};
@@ -268,12 +268,12 @@ pub fn room_id(version: RoomVersion) -> RoomId {
 
 pub fn pdu(version: RoomVersion, draft: &Draft, depth: i64) -> Pdu {
     let ids = |words: &[String]| words.iter().map(|word| event_id(version, word)).collect();
-    let content = to_canonical_lenient(&draft.content).unwrap();
     let mut object = json!({"type": draft.kind, "content": draft.content});
     let room_id = room_id(version);
     if draft.kind != "m.room.create" || !version.rules().room_id_is_create_hash {
         object["room_id"] = room_id.as_str().into();
     }
+    let json = to_canonical_lenient(&object).unwrap();
     Pdu {
         version,
         event_id: event_id(version, &draft.id),
@@ -281,7 +281,6 @@ pub fn pdu(version: RoomVersion, draft: &Draft, depth: i64) -> Pdu {
         sender: UserId::parse(&draft.sender).unwrap(),
         kind: draft.kind.as_str().into(),
         state_key: draft.state_key.as_deref().map(Into::into),
-        content: content.into(),
         origin_server_ts: draft.ts,
         depth,
         prev_events: ids(&draft.prev),
@@ -289,9 +288,9 @@ pub fn pdu(version: RoomVersion, draft: &Draft, depth: i64) -> Pdu {
         redacts: draft.content["redacts"]
             .as_str()
             .map(|id| EventId::parse(id).unwrap()),
-        json: to_canonical_lenient(&object).unwrap().into(),
+        spans: Spans::of(&json),
+        json: json.into(),
         redacted: false,
         oversized_field: false,
-        signatures: Vec::new(),
     }
 }

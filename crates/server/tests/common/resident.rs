@@ -11,7 +11,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use federation::{Body, Call, Client};
 use protocol::id::{EventId, RoomId, ServerName, UserId};
-use protocol::pdu::Pdu;
+use protocol::pdu::{Pdu, Signature};
 use protocol::room_version::RoomVersion;
 use protocol::signature::{Keys, POLICY_KEY_ID, SigningKey, VerifyKey, verify_pdu};
 use room::effect::{Answer, Ask, AskError, Handshake};
@@ -923,9 +923,9 @@ async fn policy_sign(State(here): Here, body: String) -> Reply {
         return scripted;
     }
     let signed = here.policy_signed(&pdu);
-    let mut signatures = signed.signatures.iter();
-    let word = signatures.find(|(by, id, _)| *by == here.name && id == POLICY_KEY_ID);
-    let (_, _, signature) = word.unwrap();
+    let ours =
+        |one: &Signature<'_>| one.server == here.name.as_str() && one.key_id == POLICY_KEY_ID;
+    let signature = signed.signatures().find(ours).unwrap().text;
     Ok(Json(
         json!({ here.name.as_str(): { POLICY_KEY_ID: signature } }),
     ))

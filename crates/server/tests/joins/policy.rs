@@ -79,7 +79,7 @@ impl Watched {
 }
 
 fn bears_word(pdu: &Pdu) -> bool {
-    pdu.signatures.iter().any(|(_, id, _)| id == POLICY_KEY_ID)
+    pdu.signatures().any(|one| one.key_id == POLICY_KEY_ID)
 }
 
 #[tokio::test]
@@ -90,12 +90,7 @@ async fn r_67_what_our_users_send_is_signed_by_the_policy_server() {
     for resident in [&watched.watch, &watched.erins] {
         let heard = resident.event(&said).await;
         assert!(bears_word(&heard), "{}", heard.json);
-        assert!(
-            heard
-                .signatures
-                .iter()
-                .any(|(by, ..)| by.as_str() == "here.test")
-        );
+        assert!(heard.signatures().any(|one| one.server == "here.test"));
     }
 }
 
