@@ -243,7 +243,8 @@ pub enum Load {
     /// As Known, with the events themselves. → [`Loaded::Found`]
     Find { ids: Vec<EventId> },
     /// Numbers for events and state keys, given out where there is none yet, also in a room that is not
-    /// known so far. The answer has them in the order of the question. → [`Loaded::Interned`]
+    /// known so far. The answer has them in the order of the question. A new one is an offer until an event that
+    /// bears it is committed; who commits another one is stale. → [`Loaded::Interned`]
     Intern {
         version: RoomVersion,
         ids: Vec<EventId>,

@@ -120,16 +120,12 @@ impl Facts {
         }
     }
 
-    /// Forgets all that another commit may have changed. Numbers are for ever, and so is what was said of an
-    /// event.
+    /// Forgets all that another commit may have changed, numbers included: until something that bears them is
+    /// committed they are an offer. What was said of an event stays.
     pub fn forget(&mut self) {
         let room = self.room.clone();
-        let nids = std::mem::take(&mut self.nids);
-        let keys = std::mem::take(&mut self.keys);
         let words = std::mem::take(&mut self.words);
         *self = Self {
-            nids,
-            keys,
             words,
             ..Self::new(room)
         };

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use protocol::id::{EventId, ServerName, UserId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::state::StateMap;
-use room::effect::{PartialMarker, Place, Stale};
+use room::effect::{PartialMarker, Place, Stale, StateKey};
 use room::write::{
     EventState, FanOut, IntentChange, NewEvent, PartialChange, Rejudged, Verdict, WriteSet,
 };
@@ -15,12 +16,14 @@ use room::write::{
 use crate::cache::{Body, Caches};
 use crate::driver::{Conn, Error, Result};
 use crate::events::{self, Standing, Status};
+use crate::names::{Numbered, key_of};
 use crate::queues::Queued;
 use crate::rooms::{self, RoomRow};
 use crate::states::{self, Unstored};
 use crate::streams::{self, Stream};
 use crate::{
-    Sequence, Store, auth_above, devices, event_index, load, out_of_band, queues, row, state_log,
+    Sequence, Store, auth_above, devices, event_index, load, names, out_of_band, queues, row,
+    state_log,
 };
 
 /// Members whose events are looked at in one go.
@@ -78,9 +81,15 @@ pub async fn apply(store: &Store, writes: WriteSet) -> Result<Result<Applied, St
     match store.write(move |c| working.carry_out(c)).await {
         Ok(applied) => {
             plan.committed(&store.inner.caches, &applied);
+            store.inner.names.written(&plan.writes.room, &plan.names);
             Ok(Ok(applied))
         }
-        Err(Error::Stale) => Ok(Err(Stale)),
+        Err(Error::Stale) => {
+            if plan.misnamed.load(Ordering::Relaxed) {
+                store.inner.names.lost(&plan.writes.room, &plan.names);
+            }
+            Ok(Err(Stale))
+        }
         Err(other) => Err(other),
     }
 }
@@ -92,10 +101,10 @@ struct Plan {
     /// Servers that an event is queued for at once.
     direct_max: usize,
     nodes: Unstored,
-    /// Ids that the events refer to and that had no number when this was made.
-    new_ids: Vec<EventId>,
-    /// The number of the first of these.
-    first_id: i64,
+    /// Names whose rows are to be written, those included that the events only refer to.
+    names: Numbered,
+    /// Somebody else has some of these, or their numbers.
+    misnamed: AtomicBool,
     /// What the current state becomes, as seen from the one that was there when this was made.
     change: StateChange,
 }
@@ -135,8 +144,8 @@ impl Plan {
             own: store.server_name().clone(),
             direct_max: store.fan_out_direct_max(),
             nodes,
-            new_ids: Vec::new(),
-            first_id: 0,
+            names: store.inner.names.without_row(&writes),
+            misnamed: AtomicBool::new(false),
             change: StateChange::default(),
             writes,
         };
@@ -144,18 +153,21 @@ impl Plan {
         if !referred.is_empty() || plan.writes.current_state.is_some() {
             let asking = Arc::new(plan);
             let asked = Arc::clone(&asking);
-            let (new_ids, change) = store
+            let (mut new, change) = store
                 .read(move |c| {
                     let known = events::nids(c, &referred)?;
                     let new = referred.iter().filter(|id| !known.contains_key(*id));
-                    let new_ids: Vec<EventId> = new.cloned().collect();
-                    Ok((new_ids, asked.state_change(c)?))
+                    let new: Vec<EventId> = new.cloned().collect();
+                    Ok((new, asked.state_change(c)?))
                 })
                 .await?;
             plan = Arc::into_inner(asking).ok_or(Error::Closed)?;
-            plan.first_id = store.numbers(Sequence::Events, new_ids.len()).await?.start;
-            plan.new_ids = new_ids;
             plan.change = change;
+            let given = store.inner.names.of_events(&new);
+            new.retain(|id| !given.contains_key(id));
+            let free = store.numbers(Sequence::Events, new.len()).await?;
+            let new = new.into_iter().zip(free.map(EventNid));
+            plan.names.events.extend(new.chain(given));
         }
         Ok(plan)
     }
@@ -190,6 +202,12 @@ impl Plan {
         let keys: Vec<KeyNid> = changes.iter().map(|(key, _, _)| *key).collect();
         let here: HashMap<EventNid, &Arc<Pdu>> =
             self.writes.events.iter().map(|e| (e.nid, &e.pdu)).collect();
+        let unwritten: HashMap<KeyNid, &StateKey> = self
+            .names
+            .keys
+            .iter()
+            .map(|(key, nid)| (*nid, key))
+            .collect();
         // Where many change: a room that becomes full has few so far, and any other needs most of its own.
         let all = match changes.len() > MEMBERS_BATCH {
             true => Some(all_memberships(c, row.nid)?),
@@ -205,7 +223,8 @@ impl Plan {
             let wanted: Vec<(UserId, Option<EventNid>)> = changes
                 .iter()
                 .filter_map(|(key, _, after)| {
-                    let (kind, state_key) = names.get(key)?;
+                    let (kind, state_key) =
+                        names.get(key).or_else(|| unwritten.get(key).copied())?;
                     let user = UserId::parse(state_key).ok()?;
                     (&**kind == "m.room.member").then_some((user, *after))
                 })
@@ -274,7 +293,12 @@ impl Plan {
             ..Applied::default()
         };
         self.nodes.write(c)?;
-        load::give_event_numbers(c, &self.new_ids, self.first_id)?;
+        let others = names::write(c, row.nid, &self.names)?;
+        let mut own = writes.events.iter().map(|event| &event.pdu.event_id);
+        if others.keys_differ || own.any(|id| others.events.contains_key(id)) {
+            self.misnamed.store(true, Ordering::Relaxed);
+            return Err(Error::Stale);
+        }
         let mut placed_depth = self.store_events(c, &row, &mut applied)?;
         self.rejudge(c, &row)?;
         if let Some(extremities) = &writes.forward_extremities {
@@ -485,10 +509,8 @@ impl Plan {
                 Ok((auth, prevs))
             })
             .collect::<Result<_>>()?;
-        let rows: Vec<_> = new
-            .iter()
-            .zip(&packed)
-            .map(|(event, (auth, prevs))| {
+        for (new, packed) in new.chunks(ROWS_AT_ONCE).zip(packed.chunks(ROWS_AT_ONCE)) {
+            let rows = new.iter().zip(packed).map(|(event, (auth, prevs))| {
                 let pdu = &event.pdu;
                 let (before, after, partial) = self.roots(event.state.as_ref());
                 row![
@@ -512,9 +534,10 @@ impl Plan {
                     reason(&event.verdict),
                     &pdu.json,
                 ]
-            })
-            .collect();
-        c.execute_many(INSERT_EVENT, &rows)?;
+            });
+            let rows: Vec<_> = rows.collect();
+            c.execute_many(INSERT_EVENT, &rows)?;
+        }
         let edges = new.iter().zip(&packed);
         let edges = edges.filter_map(|(event, (auth, _))| Some((event.nid, event.key?, &**auth)));
         auth_above::add(c, edges)?;
@@ -746,7 +769,7 @@ impl Plan {
             });
         }
         for (sql, entries) in [(INSERT_MEMBERSHIP, added), (UPSERT_MEMBERSHIP, changed)] {
-            for entries in entries.chunks(MEMBERS_AT_ONCE) {
+            for entries in entries.chunks(ROWS_AT_ONCE) {
                 let rows: Vec<_> = entries
                     .iter()
                     .map(|(user, said, nid, at, local)| row![room, *user, *said, *nid, *at, *local])
@@ -777,8 +800,12 @@ impl Plan {
         self.nodes.committed(caches);
         let Some(room) = applied.room else { return };
         let placed: BTreeSet<EventNid> = applied.events.iter().map(|placed| placed.nid).collect();
+        let few = self.writes.events.len() <= names::FEW;
         for event in &self.writes.events {
             caches.ids.insert(event.pdu.event_id.clone(), event.nid);
+            if few && let Some((key, number)) = key_of(event) {
+                caches.keys.insert((room, key), number);
+            }
             let was_cached =
                 event.place != Place::Outlier && caches.bodies.remove(&event.nid).is_some();
             if was_cached || !placed.contains(&event.nid) {
@@ -993,7 +1020,7 @@ const INSERT_ROOM_STATE: &str =
     "INSERT INTO room_states (room_nid, position, root) VALUES ($1, $2, $3)
     ON CONFLICT (room_nid, position) DO UPDATE SET root = excluded.root";
 /// Rows that are in memory as parameters at one time.
-const MEMBERS_AT_ONCE: usize = 1000;
+const ROWS_AT_ONCE: usize = 1000;
 const INSERT_MEMBERSHIP: &str = "INSERT INTO memberships
     (room_nid, user_id, membership, event_nid, position, local) VALUES ($1, $2, $3, $4, $5, $6)";
 const UPSERT_MEMBERSHIP: &str = "INSERT INTO memberships

@@ -24,6 +24,7 @@ pub mod leases;
 pub mod load;
 pub mod media;
 pub mod migrations;
+mod names;
 pub mod out_of_band;
 mod postgres;
 pub mod presence;
@@ -120,6 +121,7 @@ struct Inner {
     queue: Arc<Semaphore>,
     sequences: sequence::Sequences,
     caches: Arc<Caches>,
+    names: names::Names,
     server_name: ServerName,
     fan_out_direct_max: usize,
 }
@@ -163,6 +165,7 @@ impl Store {
                 queue: Arc::new(Semaphore::new(QUEUE_MAX)),
                 sequences: sequence::Sequences::default(),
                 caches,
+                names: names::Names::default(),
                 server_name,
                 fan_out_direct_max,
             }),

@@ -1,6 +1,6 @@
 //! What a room machine may ask the store, each question answered from one snapshot.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use protocol::id::{EventId, RoomId, ServerName};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
@@ -16,13 +16,13 @@ use crate::cache::Body;
 use crate::driver::{Conn, Error, Result, Row};
 use crate::events::{self, Standing, Status};
 use crate::rooms::{self, RoomRow};
-use crate::{Sequence, Store, auth_above, out_of_band, row, sequence, state_log, states};
+use crate::{Sequence, Store, auth_above, names, out_of_band, sequence, state_log, states};
 
-/// Answers one question. Only `Intern` writes.
+/// Answers one question. Only `Intern` is answered with more than a look at one snapshot.
 pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
     let room = room.clone();
     if let Load::Intern { version, ids, keys } = load {
-        return intern(store, room, version, ids, keys).await;
+        return names::number(store, room, version, ids, keys).await;
     }
     let own = store.server_name().clone();
     store.read(move |c| answer(c, &room, &load, &own)).await
@@ -38,7 +38,9 @@ pub fn answer(c: &mut dyn Conn, room: &RoomId, load: &Load, own: &ServerName) ->
         Load::Head => head(c, row),
         Load::Known { ids } => known(c, row.nid, ids).map(Loaded::Known),
         Load::Find { ids } => find(c, row.nid, ids),
-        Load::Intern { .. } => Err(Error::Refused("Intern writes: ask load()".to_owned())),
+        Load::Intern { .. } => Err(Error::Refused(
+            "numbers are not all in the database: ask load()".to_owned(),
+        )),
         Load::States { events } => states_at(c, row.nid, events),
         Load::StateEvents { state, keys } => state_events(c, row.nid, state, keys),
         Load::Closure { maps, also } => closure(c, row.nid, maps, also),
@@ -151,86 +153,12 @@ fn find(c: &mut dyn Conn, room: RoomNid, ids: &[EventId]) -> Result<Loaded> {
     Ok(Loaded::Found(found.collect()))
 }
 
-// -- Numbers --------------------------------------------------------------------------------------
-
-/// Whoever asks for numbers of more events than this fetches a room: few of them have one, and the insert
-/// tells.
-const LOOKED_FOR_MAX: usize = 64;
-
-async fn intern(
-    store: &Store,
-    room: RoomId,
-    version: RoomVersion,
-    ids: Vec<EventId>,
-    keys: Vec<StateKey>,
-) -> Result<Loaded> {
-    let (asked_room, asked_ids, asked_keys) = (room.clone(), ids.clone(), keys.clone());
-    let seen = store
-        .read(move |c| {
-            let row = rooms::by_id(c, &asked_room)?;
-            let known_keys = match &row {
-                Some(row) => states::keys(c, row.nid, &asked_keys)?,
-                None => BTreeMap::new(),
-            };
-            let known_ids = match asked_ids.len() <= LOOKED_FOR_MAX {
-                true => events::nids(c, &asked_ids)?,
-                false => HashMap::new(),
-            };
-            Ok((row.is_some(), known_ids, known_keys))
-        })
-        .await?;
-    let (known_room, mut known_ids, mut known_keys) = seen;
-    let mut new = HashSet::new();
-    let new_ids: Vec<EventId> = ids
-        .iter()
-        .filter(|id| !known_ids.contains_key(*id) && new.insert(*id))
-        .cloned()
-        .collect();
-    let new_keys: BTreeSet<StateKey> = keys
-        .iter()
-        .filter(|key| !known_keys.contains_key(*key))
-        .cloned()
-        .collect();
-    if !known_room || !new_ids.is_empty() || !new_keys.is_empty() {
-        let first = store.numbers(Sequence::Events, new_ids.len()).await?.start;
-        let (new_ids, new_keys) = store
-            .write(move |c| {
-                let row = room_row(c, &room, version)?;
-                let ids = give_event_numbers(c, &new_ids, first)?;
-                Ok((ids, give_key_numbers(c, row, &new_keys)?))
-            })
-            .await?;
-        for (id, nid) in &new_ids {
-            store.inner.caches.ids.insert(id.clone(), *nid);
-        }
-        known_ids.extend(new_ids);
-        known_keys.extend(new_keys);
-    }
-    let lost = || Error::corrupt("a number just given is not there");
-    Ok(Loaded::Interned {
-        events: ids
-            .iter()
-            .map(|id| known_ids.get(id).copied().ok_or_else(lost))
-            .collect::<Result<_>>()?,
-        keys: keys
-            .iter()
-            .map(|key| known_keys.get(key).copied().ok_or_else(lost))
-            .collect::<Result<_>>()?,
-    })
-}
+// -- A room's row ---------------------------------------------------------------------------------
 
 const INSERT_ROOM: &str =
     "INSERT INTO rooms (nid, room_id, version, revision, state_root, next_key)
     VALUES ($1, $2, $3, 0, 0, 0)";
 const SET_VERSION: &str = "UPDATE rooms SET version = $2 WHERE nid = $1";
-const INSERT_ID: &str =
-    "INSERT INTO event_ids (nid, event_id) VALUES ($1, $2) ON CONFLICT (event_id) DO NOTHING";
-const TAKE_KEYS: &str =
-    "UPDATE rooms SET next_key = next_key + $2 WHERE nid = $1 RETURNING next_key";
-const INSERT_KEY: &str =
-    "INSERT INTO state_keys (room_nid, key_nid, kind, state_key) VALUES ($1, $2, $3, $4)
-    ON CONFLICT (room_nid, kind, state_key) DO NOTHING";
-
 /// The room's number, given out if it has none yet.
 ///
 /// Of what version a room is says its create event. Until that is here there is only somebody's word for it, a
@@ -245,53 +173,6 @@ pub(crate) fn room_row(c: &mut dyn Conn, room: &RoomId, version: RoomVersion) ->
     let nid = sequence::reserve(c, Sequence::Rooms, 1)?.start;
     c.execute(INSERT_ROOM, &[&nid, room, &version.as_str()])?;
     Ok(RoomNid(nid))
-}
-
-/// Gives these ids the numbers from `first` on, where they still have none. The numbers that they have.
-pub(crate) fn give_event_numbers(
-    c: &mut dyn Conn,
-    ids: &[EventId],
-    first: i64,
-) -> Result<HashMap<EventId, EventNid>> {
-    if ids.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let mut numbered: Vec<(i64, &EventId)> = (first..).zip(ids).collect();
-    // The index by id is gone through once.
-    numbered.sort_unstable_by_key(|(_, id)| *id);
-    let rows: Vec<_> = numbered.iter().map(|(nid, id)| row![*nid, *id]).collect();
-    if c.execute_many(INSERT_ID, &rows)? == rows.len() as u64 {
-        let given = ids.iter().cloned().zip((first..).map(EventNid));
-        return Ok(given.collect());
-    }
-    // Some have one.
-    events::nids(c, ids)
-}
-
-/// Gives these keys numbers, where they still have none. The numbers that they have.
-fn give_key_numbers(
-    c: &mut dyn Conn,
-    room: RoomNid,
-    wanted: &BTreeSet<StateKey>,
-) -> Result<BTreeMap<StateKey, KeyNid>> {
-    if wanted.is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    let count = i64::try_from(wanted.len()).expect("a count of things in memory");
-    let next = c.query_one(TAKE_KEYS, &[&room, &count], |row| row.int(0))?;
-    let Ok(end) = u32::try_from(next) else {
-        return Err(Error::corrupt("a room has more state keys than numbers"));
-    };
-    let first = next - count;
-    let rows: Vec<_> = (first..)
-        .zip(wanted)
-        .map(|(nid, (kind, state_key))| row![room, nid, kind, state_key])
-        .collect();
-    if c.execute_many(INSERT_KEY, &rows)? == rows.len() as u64 {
-        let numbers = (end - rows.len() as u32..end).map(KeyNid);
-        return Ok(wanted.iter().cloned().zip(numbers).collect());
-    }
-    states::keys(c, room, &wanted.iter().cloned().collect::<Vec<_>>())
 }
 
 // -- States ---------------------------------------------------------------------------------------

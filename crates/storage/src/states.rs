@@ -8,6 +8,7 @@ use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::state::{BadNode, Node, StateMap};
 
 use crate::driver::{Conn, Error, Result};
+use crate::names::FEW;
 use crate::row;
 
 /// The root number of the empty state.
@@ -238,6 +239,8 @@ pub fn keys(
     wanted: &[StateKey],
 ) -> Result<BTreeMap<StateKey, KeyNid>> {
     let cached = c.cached();
+    // Whoever asks for many fetches a room, and takes each of them once.
+    let keep_them = cached.fill && wanted.len() <= FEW;
     let mut found = BTreeMap::new();
     let mut missing: BTreeMap<&Arc<str>, BTreeSet<&Arc<str>>> = BTreeMap::new();
     for name in wanted {
@@ -254,7 +257,7 @@ pub fn keys(
         let state_keys: Vec<&Arc<str>> = state_keys.into_iter().collect();
         let mut keep = |state_key: Arc<str>, key: KeyNid| {
             let name = (Arc::clone(kind), state_key);
-            if cached.fill {
+            if keep_them {
                 cached.caches.keys.insert((room, name.clone()), key);
             }
             found.insert(name, key);
