@@ -62,8 +62,9 @@ pub(crate) const CHUNK: usize = 4000;
 const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.
 const CHECKS_MAX: usize = 2;
-/// How much may arrive while something else goes on, in commits.
-const ARRIVED_MAX: usize = 1;
+/// How much may be on its way from the wire to a judgement, in halves of a commit: with so much no more of a body is
+/// taken.
+const ON_THE_WAY_MAX: usize = 3;
 /// Events of one check of what was given.
 const WINDOW: usize = 1024;
 /// Ids in one answer. The largest rooms known have some 200,000 events in state and auth chain (J-49).
@@ -153,8 +154,8 @@ pub(crate) struct Fetch {
     unvouched: BTreeSet<EventId>,
     /// Events that the source of the ids could not be asked for: another time it may be.
     unreached: BTreeSet<EventId>,
-    /// Checks of PDUs that have come, with the section of those that were given.
-    checks: BTreeMap<Ticket, Option<Section>>,
+    /// Checks of PDUs that have come.
+    checks: BTreeMap<Ticket, Checking>,
     /// What of an answer to our join is still to be checked.
     given: VecDeque<(Section, Vec<RawPdu>)>,
     /// The request for a whole state that runs, and who is asked.
@@ -193,6 +194,12 @@ enum Writing {
     /// What is judged gets its numbers.
     Numbering(Ticket, Vec<(Arc<Pdu>, Verdict)>),
     Storing(Ticket, Vec<(Arc<Pdu>, Known)>, VecDeque<NewEvent>),
+}
+
+struct Checking {
+    /// Where these stood in what was given.
+    given: Option<Section>,
+    count: usize,
 }
 
 struct Stood {
@@ -376,8 +383,9 @@ impl Fetch {
 
     /// Whether more of a body is of use now, or would only pile up.
     pub fn wants_parts(&self) -> bool {
-        let arrived = self.arrived.len() + self.early.len();
-        self.checks.len() < CHECKS_MAX && arrived < ARRIVED_MAX * self.chunk
+        let checking: usize = self.checks.values().map(|check| check.count).sum();
+        let on_the_way = checking + self.arrived.len() + self.early.len();
+        self.checks.len() < CHECKS_MAX && 2 * on_the_way < ON_THE_WAY_MAX * self.chunk
     }
 
     /// When [`Input::Woke`] is wanted, as [`Now::since_start`].
@@ -493,10 +501,10 @@ impl Fetch {
             }
             (stage, Input::Checked { ticket, pdus }) => {
                 self.stage = stage;
-                if let Some(section) = self.checks.remove(&ticket) {
+                if let Some(check) = self.checks.remove(&ticket) {
                     match self.stage {
                         Stage::Ids => self.early.extend(pdus),
-                        _ => self.on_checked(section, pdus),
+                        _ => self.on_checked(check.given, pdus),
                     }
                     self.feed(out);
                     return self.think_if_idle(out, now);
@@ -553,7 +561,9 @@ impl Fetch {
 
     fn check(&mut self, pdus: Vec<RawPdu>, out: &mut Outbox) {
         if !pdus.is_empty() {
-            self.checks.insert(out.check(self.version, pdus), None);
+            let (given, count) = (None, pdus.len());
+            let ticket = out.check(self.version, pdus);
+            self.checks.insert(ticket, Checking { given, count });
         }
     }
 
@@ -562,8 +572,9 @@ impl Fetch {
         while self.wants_parts()
             && let Some((section, pdus)) = self.given.pop_front()
         {
-            let check = out.check(self.version, pdus);
-            self.checks.insert(check, Some(section));
+            let (given, count) = (Some(section), pdus.len());
+            let ticket = out.check(self.version, pdus);
+            self.checks.insert(ticket, Checking { given, count });
         }
     }
 
