@@ -420,7 +420,7 @@ impl Room {
             self.settle(writes.version, intent);
         }
         for stored in writes.out_of_band {
-            self.store_out_of_band(stored);
+            self.store_out_of_band(stored)?;
         }
         self.change_partial(writes.partial, full_with_us)?;
         if moves {
@@ -496,7 +496,13 @@ impl Room {
         }
     }
 
-    fn store_out_of_band(&mut self, stored: OutOfBand) {
+    fn store_out_of_band(&mut self, stored: OutOfBand) -> Result<(), Stale> {
+        let there = self.out_of_band.get(&stored.user);
+        if let Some(former) = stored.instead_of
+            && there.is_none_or(|there| there.nid != former)
+        {
+            return Err(Stale);
+        }
         let pdu = self.events[&stored.event].pdu.clone();
         self.out_of_band.insert(
             stored.user,
@@ -508,6 +514,7 @@ impl Room {
                 stripped_state: stored.stripped_state,
             },
         );
+        Ok(())
     }
 
     fn change_partial(&mut self, change: PartialChange, full_with_us: bool) -> Result<(), Stale> {

@@ -40,6 +40,7 @@ pub(crate) fn writes(
         user: user.clone(),
         membership: membership.into(),
         event: nid,
+        instead_of: None,
         stripped_state,
         via: via.clone(),
     }];

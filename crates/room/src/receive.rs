@@ -596,7 +596,11 @@ impl Judging {
             return Ok(Judgement::End(Received::Dropped));
         }
         let shown = stored.stripped_state.clone();
-        let writes = out_of_band::writes(&self.facts, &pdu, &target, origin, shown)?;
+        let mut writes = out_of_band::writes(&self.facts, &pdu, &target, origin, shown)?;
+        // Who is refused may knock again before we hear of the refusal.
+        for membership in &mut writes.out_of_band {
+            membership.instead_of = Some(stored.nid);
+        }
         Ok(Judgement::Commit(Box::new(writes), Received::OutOfBand))
     }
 }

@@ -157,6 +157,9 @@ pub struct OutOfBand {
     /// `invite`, `knock` or `leave`.
     pub membership: Arc<str>,
     pub event: EventNid,
+    /// The event that this was made for: when another one says what the user is meanwhile, the write set is stale.
+    /// `None`: whatever is there gives way.
+    pub instead_of: Option<EventNid>,
     /// `invite_room_state` or `knock_room_state`, entries as they stood.
     pub stripped_state: Vec<Arc<str>>,
     /// The server the invite came from or the knock went through.

@@ -64,8 +64,14 @@ const UPSERT: &str = "INSERT INTO out_of_band
     stripped_state = excluded.stripped_state, via = excluded.via, position = excluded.position";
 const REMOVE: &str = "DELETE FROM out_of_band WHERE room_nid = $1 AND user_id = $2";
 
-/// Stores a membership in place of an earlier one; its position in the memberships stream.
+/// Stores a membership in place of an earlier one, which must be the one that it was made for; its position in the
+/// memberships stream.
 pub(crate) fn put(c: &mut dyn Conn, room: RoomNid, new: &OutOfBand) -> Result<i64> {
+    if let Some(former) = new.instead_of
+        && get(c, room, &new.user)?.is_none_or(|there| there.event != former)
+    {
+        return Err(Error::Stale);
+    }
     let position = streams::next(c, Stream::Memberships)?;
     // What another server sent may be anything; what is no JSON is of no use to a client either.
     let entries: Vec<&str> = new

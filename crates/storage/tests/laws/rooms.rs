@@ -1096,6 +1096,7 @@ pub async fn an_out_of_band_membership_ends_with_a_real_one(database: &Database)
         user: user(alice),
         membership: "invite".into(),
         event: invite.nid,
+        instead_of: None,
         stripped_state: vec!["{\"type\":\"m.room.name\"}".into(), "not json".into()],
         via: server("b.org"),
     });
@@ -1114,6 +1115,31 @@ pub async fn an_out_of_band_membership_ends_with_a_real_one(database: &Database)
         .await
         .unwrap();
     assert_eq!(listed.len(), 1);
+    // A refusal of what is no longer there, and one of what is.
+    let content = json!({"membership": "leave"});
+    let refusal = fixture.draft(
+        "@bob:b.org",
+        "m.room.member",
+        Some(alice),
+        content,
+        &[],
+        &[],
+        10,
+    );
+    let refusal = fixture.intern(&[refusal]).await.remove(0);
+    for (former, outcome) in [(refusal.nid, Err(Stale)), (invite.nid, Ok(()))] {
+        let mut writes = WriteSet::new(fixture.room.clone(), VERSION);
+        writes.events.push(outlier(&refusal));
+        writes.out_of_band.push(OutOfBand {
+            user: user(alice),
+            membership: "leave".into(),
+            event: refusal.nid,
+            instead_of: Some(former),
+            stripped_state: Vec::new(),
+            via: server("b.org"),
+        });
+        assert_eq!(fixture.commit(writes).await.map(drop), outcome);
+    }
     fixture
         .say("@bob:b.org", "m.room.create", Some(""), json!({}))
         .await;
