@@ -67,7 +67,7 @@ impl Waiting {
 }
 
 /// Names with their numbers, of one room.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Numbered {
     pub events: BTreeMap<EventId, EventNid>,
     pub keys: BTreeMap<StateKey, KeyNid>,
@@ -92,7 +92,8 @@ impl Names {
             if waiting.forgot || waiting.events.contains_key(id) {
                 names.events.insert(id.clone(), event.nid);
             }
-            if let Some((key, number)) = key_of(event)
+            if (waiting.forgot || keys_wait)
+                && let Some((key, number)) = key_of(event)
                 && (waiting.forgot || of_room.is_some_and(|keys| keys.waiting.contains_key(&key)))
             {
                 names.keys.insert(key, number);
@@ -110,16 +111,23 @@ impl Names {
         given.collect()
     }
 
-    /// Their rows are there.
+    /// Their rows are there. A name that waits with another number goes on waiting: whoever holds that is to find
+    /// out when it commits.
     pub(crate) fn written(&self, room: &RoomId, names: &Numbered) {
         let mut waiting = self.waiting();
         let mut gone = 0;
-        for id in names.events.keys() {
-            gone += usize::from(waiting.events.remove(id).is_some());
+        for (id, nid) in &names.events {
+            if waiting.events.get(id) == Some(nid) {
+                waiting.events.remove(id);
+                gone += 1;
+            }
         }
         if let Some(keys) = waiting.rooms.get_mut(room) {
-            for key in names.keys.keys() {
-                gone += usize::from(keys.waiting.remove(key).is_some());
+            for (key, number) in &names.keys {
+                if keys.waiting.get(key) == Some(number) {
+                    keys.waiting.remove(key);
+                    gone += 1;
+                }
             }
         }
         waiting.count = waiting.count.saturating_sub(gone);
@@ -331,19 +339,13 @@ async fn give_and_write(
         names.lost(room, &new);
         return Ok(None);
     }
+    let mut new = Arc::unwrap_or_clone(new);
+    new.events.extend(others.events);
     names.written(room, &new);
-    let event = |id: &EventId| {
-        others
-            .events
-            .get(id)
-            .or_else(|| new.events.get(id))
-            .copied()
-    };
-    for id in new.events.keys() {
-        if let Some(nid) = event(id) {
-            caches.ids.insert(id.clone(), nid);
-        }
+    for (id, nid) in &new.events {
+        caches.ids.insert(id.clone(), *nid);
     }
+    let event = |id: &EventId| new.events.get(id).copied();
     let key = |key: &StateKey| seen.keys.get(key).or_else(|| new.keys.get(key)).copied();
     Ok(in_order(ids, keys, event, key))
 }

@@ -34,6 +34,7 @@ laws!(
     a_failed_write_leaves_nothing,
     a_lease_has_one_holder,
     a_number_is_written_with_what_bears_it,
+    a_number_that_another_process_overtook_is_never_stored,
     a_panic_leaves_the_store_alive,
     a_partial_room_becomes_full,
     a_purged_room_can_be_joined_again,

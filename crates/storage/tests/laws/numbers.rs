@@ -121,6 +121,25 @@ pub async fn two_processes_that_give_the_same_number_are_told_apart(database: &D
     assert_eq!(found, [carol.key, dave.key]);
 }
 
+/// Whoever asks for many hears of the other number; whoever was given one before still holds it.
+pub async fn a_number_that_another_process_overtook_is_never_stored(database: &Database) {
+    if !database.lasting {
+        return;
+    }
+    let mut one = Fixture::joined(database).await;
+    let two = another(&one, database).await;
+    let here = made(&mut one, "@carol:c.org").await;
+    let there = two.intern(std::slice::from_ref(&here.pdu)).await.remove(0);
+    store(&one, &here).await.unwrap();
+    let mut many = Vec::new();
+    for n in 0..100 {
+        many.push(two.draft("@u:u.org", "m.room.message", None, json!({}), &[], &[], n));
+    }
+    many.push(here.pdu.clone());
+    assert_eq!(two.intern(&many).await.pop().unwrap().nid, here.nid);
+    assert_eq!(store(&two, &there).await, Err(Stale));
+}
+
 pub async fn two_processes_that_number_one_event_agree_in_the_end(database: &Database) {
     if !database.lasting {
         return;
