@@ -50,6 +50,8 @@ const NOTARY_QUESTIONS_MAX: usize = 3;
 const SERVERS_MAX: u64 = 50_000;
 /// Answered, but not with the key wanted: asking again at once is of no use.
 const FETCH_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// The same, but what it signed is younger than its answer: it may have another key by now.
+const RENEWED_AFTER: Duration = Duration::from_secs(5);
 /// Did not answer, and events of it wait.
 const DEAD_FOR_EVENTS: Duration = Duration::from_secs(60);
 /// Did not answer, yet it asks or answers us something, so it lives.
@@ -160,7 +162,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone, Copy)]
 struct Asked {
     at: Instant,
+    /// Milliseconds since the Unix epoch, before the question.
+    began_ms: i64,
     answered: bool,
+}
+
+/// The time for which the latest of these keys is wanted, in milliseconds since the Unix epoch.
+fn latest(wanted: &[Wanted]) -> Option<i64> {
+    wanted.iter().map(|want| want.at_ms).max()
 }
 
 /// Keys at hand, for verifying. What is not in it could not be had in time.
@@ -268,7 +277,7 @@ impl KeyRing {
             }
             let flights = unknown.keys();
             let flights: Vec<Flight> = flights
-                .filter_map(|server| ring.flight(server, Purpose::Events))
+                .filter_map(|server| ring.flight(server, Purpose::Events, None))
                 .collect();
             if many || ring.inner.notaries.is_empty() {
                 return;
@@ -353,7 +362,7 @@ impl KeyRing {
             }
         });
         let flights: Vec<Flight> = stale
-            .filter_map(|(server, _)| self.flight(server, Purpose::Events))
+            .filter_map(|(server, _)| self.flight(server, Purpose::Events, None))
             .take(NOTARY_FLIGHTS_MAX)
             .collect();
         // What does not answer is served from what we hold.
@@ -408,8 +417,8 @@ impl KeyRing {
         let mut unvouched = false;
         if !missing.is_empty() {
             let flights: Vec<Flight> = missing
-                .keys()
-                .filter_map(|server| self.flight(server, purpose))
+                .iter()
+                .filter_map(|(server, wanted)| self.flight(server, purpose, latest(wanted)))
                 .collect();
             let patience = if self.inner.notaries.is_empty() {
                 until
@@ -583,8 +592,8 @@ impl KeyRing {
     }
 
     /// The one fetch of this server's keys that is under way, begun if there is none; `None` if it was
-    /// asked only just now.
-    fn flight(&self, server: &ServerName, purpose: Purpose) -> Option<Flight> {
+    /// asked only just now. A key is wanted for `at_ms`, or for no time in particular.
+    fn flight(&self, server: &ServerName, purpose: Purpose, at_ms: Option<i64>) -> Option<Flight> {
         if server == self.own() {
             return None;
         }
@@ -595,6 +604,7 @@ impl KeyRing {
         // Whoever answers us a join is alive, whatever it was a minute ago.
         let lives = || self.inner.client.backoff().is_alive(server);
         let rest = |asked: Asked| match (asked.answered, purpose) {
+            (true, _) if at_ms.is_some_and(|at_ms| at_ms > asked.began_ms) => RENEWED_AFTER,
             (true, _) => FETCH_AGAIN_AFTER,
             (false, Purpose::Events) if !lives() => DEAD_FOR_EVENTS,
             (false, _) => DEAD_FOR_REQUESTS,
@@ -619,7 +629,7 @@ impl KeyRing {
             .acquire()
             .await
             .expect("the semaphore is never closed");
-        let began = Instant::now();
+        let (began, began_ms) = (Instant::now(), self.now_ms());
         let mut fetched = self.fetch_from_itself(server).await;
         // A connection can break at any time, and on these keys hangs whether anything of a server's can be
         // believed for the next minute. Who can not be reached, or took long to fail, is not asked twice.
@@ -634,10 +644,12 @@ impl KeyRing {
                 tracing::debug!(%server, reason, "keys could not be fetched");
             }
         }
-        let at = Instant::now();
-        self.inner
-            .asked
-            .insert(server.clone(), Asked { at, answered });
+        let asked = Asked {
+            at: Instant::now(),
+            began_ms,
+            answered,
+        };
+        self.inner.asked.insert(server.clone(), asked);
         lock(&self.inner.flights).remove(server);
     }
 
@@ -788,7 +800,7 @@ impl KeyRing {
         if let Some(keys) = self.known(notary).filter(usable) {
             return Ok(keys);
         }
-        if let Some(flight) = self.flight(notary, Purpose::Requests) {
+        if let Some(flight) = self.flight(notary, Purpose::Requests, None) {
             flight.await;
         }
         self.known(notary)
@@ -1092,6 +1104,31 @@ mod tests {
         tokio::time::advance(DEAD_FOR_REQUESTS).await;
         assert!(!found(&ring, "dead", NOW).await);
         assert!(asked(&world).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answered_is_asked_again_soon_for_what_it_signed_since() {
+        let (world, store) = (world(&["a"], &[]), Arc::default());
+        let ring = ring("us", &world, &store, &[]);
+        assert!(found(&ring, "a", NOW).await);
+        let asked_for = async |at_ms: i64| {
+            let renewed = Wanted {
+                key_id: "ed25519:2".into(),
+                ..want("a", at_ms)
+            };
+            ring.keys_for_events(&[renewed], Duration::from_secs(1))
+                .await;
+            asked(&world).len()
+        };
+        asked(&world);
+        assert_eq!(asked_for(NOW + 1).await, 0);
+        tokio::time::advance(RENEWED_AFTER).await;
+        // What is older than its answer was signed with a key that it does not tell.
+        assert_eq!(asked_for(NOW).await, 0);
+        assert_eq!(asked_for(NOW + 1).await, 1);
+        assert_eq!(asked_for(NOW + 1).await, 0);
+        tokio::time::advance(FETCH_AGAIN_AFTER).await;
+        assert_eq!(asked_for(NOW).await, 1);
     }
 
     #[tokio::test(start_paused = true)]
