@@ -45,6 +45,9 @@ const RESUMED_WITHIN_MS: i64 = 30_000;
 const BEGIN_COST: usize = 64;
 const BEGIN_SPENT_MAX: usize = 4 * BEGIN_COST;
 const BEGIN_PAUSE: Duration = Duration::from_millis(2);
+/// An event that goes to many servers goes at once to those that are known to be alive. The others, most of which are
+/// gone for good in a large room, wait so long: whoever joins or says something has an answer first.
+const STRANGERS_AFTER: Duration = Duration::from_millis(500);
 /// The store did not take it, or did not give it.
 const STORE_AGAIN: Duration = Duration::from_secs(1);
 /// A worker with nothing to do ends after this.
@@ -53,8 +56,11 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 #[derive(Clone, Default)]
 pub struct Queues {
     workers: Arc<Mutex<HashMap<ServerName, Worker>>>,
-    /// One who gives events to many servers their places in the outboxes.
+    /// One who gives events to many servers their places in the outboxes of those that are alive.
     spreading: OneRun,
+    /// And one who does so for the others.
+    spreading_on: OneRun,
+    spread: Arc<Mutex<SpreadSoFar>>,
     later: Arc<Mutex<Later>>,
     /// One who begins with those.
     beginning: OneRun,
@@ -69,6 +75,14 @@ struct Worker {
     passing: VecDeque<Value>,
     /// Until a time, or until the server is heard of. It looks for what came meanwhile by itself.
     rests: bool,
+}
+
+#[derive(Default)]
+struct SpreadSoFar {
+    /// Events up to this number went to those that are alive.
+    number: i64,
+    /// Those that an earlier event has not gone to: a later one must not overtake it.
+    strangers: Arc<HashSet<ServerName>>,
 }
 
 /// Destinations that are to begin.
@@ -209,6 +223,14 @@ impl Outgoing<'_> {
         }
     }
 
+    fn spread_on(&self) {
+        if let Some(run) = self.hs.queues().spreading_on.begin() {
+            let hs = self.hs.clone();
+            self.hs
+                .spawn_until_stop("fan_out_on", async move { spread_on(&hs, run).await });
+        }
+    }
+
     /// At boot: whatever is left in the outbox goes on. Who did not answer before is not asked sooner for that.
     pub async fn resume(&self) -> storage::Result<()> {
         self.spread();
@@ -266,19 +288,64 @@ async fn start_later(hs: &Homeserver, mut run: Run) {
 
 async fn spread(hs: &Homeserver, mut run: Run) {
     loop {
-        match hs.store().write(queues::spread).await {
-            Ok(servers) if servers.is_empty() => {
-                if run.end() {
-                    return;
+        let (from, strangers) = {
+            let so_far = lock(&hs.queues().spread);
+            (so_far.number + 1, so_far.strangers.clone())
+        };
+        let backoff = hs.client().backoff().clone();
+        let spread = hs.store().write(move |c| {
+            let ready = |server: &_| backoff.is_alive(server) && !strangers.contains(server);
+            queues::spread(c, from, &ready)
+        });
+        match spread.await {
+            Ok(None) if run.end() => return,
+            Ok(None) => {}
+            Ok(Some(spread)) => {
+                hs.outgoing().start(&spread.servers);
+                if !spread.is_full() {
+                    let strangers = !spread.left.is_empty();
+                    let mut so_far = lock(&hs.queues().spread);
+                    so_far.number = spread.number;
+                    Arc::make_mut(&mut so_far.strangers).extend(spread.left);
+                    drop(so_far);
+                    if strangers {
+                        hs.outgoing().spread_on();
+                    }
                 }
             }
-            Ok(servers) => hs.outgoing().start(&servers),
-            Err(error) => {
-                tracing::error!(%error, "an event can not be spread to its servers");
-                tokio::time::sleep(STORE_AGAIN).await;
-            }
+            Err(error) => not_spread(&error).await,
         }
     }
+}
+
+/// To all that are left, some time later.
+async fn spread_on(hs: &Homeserver, mut run: Run) {
+    loop {
+        tokio::time::sleep(STRANGERS_AFTER).await;
+        loop {
+            let before = lock(&hs.queues().spread).number;
+            let spread = hs.store().write(|c| queues::spread(c, 0, &|_| true));
+            match spread.await {
+                Ok(Some(spread)) => hs.outgoing().start(&spread.servers),
+                Ok(None) => {
+                    let mut so_far = lock(&hs.queues().spread);
+                    if so_far.number == before {
+                        so_far.strangers = Arc::default();
+                    }
+                    break;
+                }
+                Err(error) => not_spread(&error).await,
+            }
+        }
+        if run.end() {
+            return;
+        }
+    }
+}
+
+async fn not_spread(error: &storage::Error) {
+    tracing::error!(%error, "an event can not be spread to its servers");
+    tokio::time::sleep(STORE_AGAIN).await;
 }
 
 fn first_of(failures: &mut Vec<Failure>) -> Vec<Failure> {

@@ -149,12 +149,13 @@ pub struct Destination {
     pub last_success_ms: Option<i64>,
 }
 
-const NUMBER: &str = "INSERT INTO sequences (name, last) VALUES ('outbox', $1)
-    ON CONFLICT (name) DO UPDATE SET last = sequences.last + excluded.last RETURNING last";
+const NUMBER: &str = "INSERT INTO sequences (name, last) VALUES ('outbox', 1)
+    ON CONFLICT (name) DO UPDATE SET last = sequences.last + 1 RETURNING last";
 const ENQUEUE: &str = "INSERT INTO outbox (server, number, event_nid, edu) VALUES ($1, $2, $3, $4)";
 const FAN_OUT: &str = "INSERT INTO fan_outs (number, event_nid, servers) VALUES ($1, $2, $3)";
-const OLDEST_FAN_OUT: &str =
-    "SELECT number, event_nid, servers FROM fan_outs ORDER BY number LIMIT 1";
+const OLDEST_FAN_OUT: &str = "SELECT number, event_nid, servers FROM fan_outs
+    WHERE number >= $1 ORDER BY number LIMIT 1";
+const SHORTEN_FAN_OUT: &str = "UPDATE fan_outs SET servers = $2 WHERE number = $1";
 const DROP_FAN_OUT: &str = "DELETE FROM fan_outs WHERE number = $1";
 const WAITING: &str = "SELECT o.number, e.json, o.edu FROM outbox o
     LEFT JOIN events e ON e.nid = o.event_nid
@@ -186,10 +187,9 @@ const SAVE_DESTINATION: &str = "INSERT INTO destinations
         retry_at_ms = excluded.retry_at_ms, interval_ms = excluded.interval_ms,
         last_success_ms = excluded.last_success_ms";
 
-/// The first of `count` numbers; the row stays locked until the commit, so rows are seen in order.
-fn numbers(c: &mut dyn Conn, count: usize) -> Result<i64> {
-    let count = i64::try_from(count).map_err(Error::engine)?;
-    Ok(c.query_one(NUMBER, &[&count], |row| row.int(0))? - count + 1)
+/// The place of something in every outbox; the row stays locked until the commit, so places are seen in order.
+fn number(c: &mut dyn Conn) -> Result<i64> {
+    c.query_one(NUMBER, &[], |row| row.int(0))
 }
 
 /// Where an event waits that was just queued.
@@ -213,21 +213,19 @@ pub fn enqueue_event(
     if servers.is_empty() {
         return Ok(Queued::Waiting);
     }
-    let first = numbers(c, servers.len())?;
+    let number = number(c)?;
     if servers.len() > direct_max {
-        let list: String = servers.iter().flat_map(|s| [s.as_str(), " "]).collect();
-        c.execute(FAN_OUT, &[&first, &event, &list])?;
+        c.execute(FAN_OUT, &[&number, &event, &list(servers.iter())])?;
         return Ok(Queued::ToBeSpread);
     }
-    enqueue(c, event, servers, first)?;
+    enqueue(c, event, servers, number)?;
     Ok(Queued::Waiting)
 }
 
-fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], first: i64) -> Result<()> {
+fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], number: i64) -> Result<()> {
     let rows: Vec<Vec<Value<'_>>> = servers
         .iter()
-        .zip(first..)
-        .map(|(server, number)| {
+        .map(|server| {
             vec![
                 Value::Text(server.as_str()),
                 number.into(),
@@ -239,32 +237,62 @@ fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], first: i64
     c.execute_many(ENQUEUE, &rows).map(drop)
 }
 
-/// Moves the first servers of the oldest event that is to be spread into their outboxes: whose they are, none
-/// when there is no such event.
-pub fn spread(c: &mut dyn Conn) -> Result<Vec<ServerName>> {
-    let oldest = c.query_opt(OLDEST_FAN_OUT, &[], |row| {
+fn list<'a>(servers: impl Iterator<Item = &'a ServerName>) -> String {
+    servers.flat_map(|server| [server.as_str(), " "]).collect()
+}
+
+/// What [`spread`] did with an event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spread {
+    pub number: i64,
+    /// Those into whose outboxes it went now.
+    pub servers: Vec<ServerName>,
+    /// Those that it is still to be spread to.
+    pub left: Vec<ServerName>,
+}
+
+impl Spread {
+    /// Whether more servers may have been wanted than go at once.
+    pub fn is_full(&self) -> bool {
+        self.servers.len() == SPREAD_MAX
+    }
+}
+
+/// Moves servers of the oldest event that is to be spread, from the number `from` on, into their outboxes: the first
+/// five hundred of those that are `wanted`. `None` when there is no such event.
+pub fn spread(
+    c: &mut dyn Conn,
+    from: i64,
+    wanted: &dyn Fn(&ServerName) -> bool,
+) -> Result<Option<Spread>> {
+    let oldest = c.query_opt(OLDEST_FAN_OUT, &[&from], |row| {
         Ok((row.int(0)?, row.event_nid(1)?, row.string(2)?))
     })?;
-    let Some((number, event, list)) = oldest else {
-        return Ok(Vec::new());
+    let Some((number, event, names)) = oldest else {
+        return Ok(None);
     };
-    let mut rest = &*list;
-    let mut servers = Vec::new();
-    while servers.len() < SPREAD_MAX
-        && let Some((server, others)) = rest.split_once(' ')
-    {
-        let server = ServerName::parse(server)
-            .map_err(|_| Error::Corrupt(format!("server name {server:?}")))?;
-        servers.push(server);
-        rest = others;
+    let (mut servers, mut left) = (Vec::new(), Vec::new());
+    for name in names.split_terminator(' ') {
+        // Nothing can be sent to what is none.
+        let Ok(server) = ServerName::parse(name) else {
+            continue;
+        };
+        match servers.len() < SPREAD_MAX && wanted(&server) {
+            true => servers.push(server),
+            false => left.push(server),
+        }
     }
     enqueue(c, event, &servers, number)?;
-    c.execute(DROP_FAN_OUT, &[&number])?;
-    if !rest.is_empty() {
-        let next = number + i64::try_from(servers.len()).map_err(Error::engine)?;
-        c.execute(FAN_OUT, &[&next, &event, &rest])?;
+    if left.is_empty() {
+        c.execute(DROP_FAN_OUT, &[&number])?;
+    } else if !servers.is_empty() {
+        c.execute(SHORTEN_FAN_OUT, &[&number, &list(left.iter())])?;
     }
-    Ok(servers)
+    Ok(Some(Spread {
+        number,
+        servers,
+        left,
+    }))
 }
 
 /// Puts an EDU into the outbox of each of these servers, where it waits as events do.
@@ -272,11 +300,10 @@ pub fn enqueue_edu(c: &mut dyn Conn, edu: &str, servers: &[ServerName]) -> Resul
     if servers.is_empty() {
         return Ok(());
     }
-    let first = numbers(c, servers.len())?;
+    let number = number(c)?;
     let rows: Vec<Vec<Value<'_>>> = servers
         .iter()
-        .zip(first..)
-        .map(|(server, number)| {
+        .map(|server| {
             vec![
                 Value::Text(server.as_str()),
                 number.into(),

@@ -108,17 +108,34 @@ pub async fn what_goes_to_many_servers_is_spread_after_the_commit(database: &Dat
         .store
         .write(move |c| queues::enqueue_event(c, newest, &few, 64));
     assert_eq!(queued.await.unwrap(), Queued::Waiting);
-    let mut spread: BTreeMap<ServerName, usize> = BTreeMap::new();
-    for expected in [500, 500, 200, 500, 500, 200, 0] {
-        let told = fixture.store.write(queues::spread).await.unwrap();
-        assert_eq!(told.len(), expected);
-        for server in told {
-            *spread.entry(server).or_default() += 1;
-        }
+    let spread = async |from: i64, wanted: fn(&ServerName) -> bool| {
+        let spread = fixture
+            .store
+            .write(move |c| queues::spread(c, from, &wanted));
+        spread.await.unwrap()
+    };
+    // Some first, of each event; then the others.
+    let odd = |server: &ServerName| server.as_str().ends_with("9.org");
+    let first = spread(0, odd).await.unwrap();
+    assert_eq!((first.servers.len(), first.left.len()), (120, 1_080));
+    assert!(first.servers.iter().all(odd) && !first.left.iter().any(odd) && !first.is_full());
+    let second = spread(first.number + 1, odd).await.unwrap();
+    assert_eq!(second.servers, first.servers);
+    assert_eq!(spread(second.number + 1, odd).await, None);
+    assert!(spread(0, odd).await.unwrap().servers.is_empty());
+    for left in [580, 80, 0, 580, 80, 0] {
+        let spread = spread(0, |_| true).await.unwrap();
+        assert_eq!((spread.left.len(), spread.is_full()), (left, left > 0));
     }
-    assert!(spread.len() == 1_200 && spread.values().all(|times| *times == 2));
+    assert_eq!(spread(0, |_| true).await, None);
     let pdu = |nth: usize| Cargo::Pdu(sent[nth].pdu.json.to_string());
-    for (server, expected) in [(0, vec![0, 1, 1]), (2, vec![0, 1, 1]), (1_199, vec![0, 1])] {
+    let expected = [
+        (0, vec![0, 1, 1]),
+        (2, vec![0, 1, 1]),
+        (9, vec![0, 1]),
+        (1_198, vec![0, 1]),
+    ];
+    for (server, expected) in expected {
         let asked = servers[server].clone();
         let waiting = fixture.store.read(move |c| queues::waiting(c, &asked, 10));
         let waiting: Vec<Cargo> = waiting.await.unwrap().into_iter().map(|w| w.what).collect();
