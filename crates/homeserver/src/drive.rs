@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use room::effect::{Effect, Input, Loaded, Machine, Now, Tell, Ticket};
+use protocol::id::RoomId;
+use room::effect::{Effect, Input, Load, Loaded, Machine, Now, Tell, Ticket};
 use tokio::sync::{mpsc, watch};
 
 use crate::Homeserver;
@@ -63,8 +64,17 @@ where
     let mut asks = tokio::task::JoinSet::new();
     let wants_parts = watch::Sender::new(true);
     loop {
+        let mut looks = Vec::new();
         while let Some(effect) = machine.poll_effect() {
-            execute(hs, effect, job, &sender, &wants_parts, &mut asks);
+            match effect {
+                Effect::Load { ticket, room, load } if !matches!(load, Load::Intern { .. }) => {
+                    looks.push((ticket, room, load));
+                }
+                effect => execute(hs, effect, job, &sender, &wants_parts, &mut asks),
+            }
+        }
+        if !looks.is_empty() {
+            asks.spawn(look(hs.clone(), looks, sender.clone()));
         }
         wants_parts.send_if_modified(|wants| {
             let before = std::mem::replace(wants, machine.wants_parts());
@@ -95,6 +105,21 @@ where
             });
             machine = handled.await.expect("a machine does not panic");
         }
+    }
+}
+
+/// All that a machine looks up at one time, in one go.
+async fn look(hs: Homeserver, looks: Vec<(Ticket, RoomId, Load)>, inputs: mpsc::Sender<Input>) {
+    let questions = looks
+        .iter()
+        .map(|(_, room, load)| (room.clone(), load.clone()));
+    let questions: Vec<_> = questions.collect();
+    let first = looks[0].0;
+    let answers = persist(first, || {
+        storage::load::load_all(hs.store(), questions.clone())
+    });
+    for ((ticket, ..), loaded) in looks.into_iter().zip(answers.await) {
+        let _machine_is_done = inputs.send(Input::Loaded { ticket, loaded }).await;
     }
 }
 

@@ -341,9 +341,19 @@ impl Facts {
         }
         lacking(Load::Intern {
             version,
+            unseen: ids.iter().all(|id| self.is_unseen(id)),
             ids: ids.into_iter().collect(),
             keys: keys.into_iter().collect(),
         })
+    }
+
+    fn is_unseen(&self, id: &EventId) -> bool {
+        matches!(self.found.get(id), Some(None)) || matches!(self.known.get(id), Some(None))
+    }
+
+    /// An event that was just made: it is stored nowhere.
+    pub fn add_made(&mut self, id: &EventId) {
+        self.found.insert(id.clone(), None);
     }
 
     pub fn nid(&self, id: &EventId) -> Option<EventNid> {

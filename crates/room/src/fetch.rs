@@ -1056,6 +1056,7 @@ impl Fetch {
             version: self.version,
             ids,
             keys,
+            unseen: false,
         };
         self.writing = Some(Writing::Numbering(out.load(&self.facts.room, load), judged));
     }

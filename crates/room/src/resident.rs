@@ -621,7 +621,11 @@ impl Decide for Accepting {
     }
 
     fn decide(&self, facts: &mut Facts) -> Got<Decision<Self::Outcome>> {
-        let (head, hosts) = both(facts.head(), facts.hosts())?;
+        // All that will be asked for, at once.
+        let pdu = &self.pdu;
+        let ids = pdu.auth_events.iter().chain(&pdu.prev_events);
+        let ids: Vec<_> = ids.chain([&pdu.event_id]).cloned().collect();
+        let ((head, hosts), _) = both(both(facts.head(), facts.hosts()), facts.find(&ids))?;
         let head = match resident_head(head) {
             Ok(head) => head,
             Err(refusal) => return Ok(Decision::Done(Err(refusal.into()))),

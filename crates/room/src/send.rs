@@ -367,6 +367,7 @@ impl Sending {
             Ok(pdu) => Arc::new(pdu),
             Err(refusal) => return Ok(Err(refusal.into())),
         };
+        facts.add_made(&pdu.event_id);
         facts.number(version, [pdu.event_id.clone()], [])?;
         if let Err(reason) = facts.check_against(&pdu, &before)? {
             let create = facts.state_events(&before, &[create_key()])?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use protocol::event_set::StateKey;
-use protocol::id::EventId;
+use protocol::id::{EventId, RoomId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::state::Node;
@@ -19,6 +19,8 @@ const EVENT_OVERHEAD: u64 = 640;
 /// Numbers of events kept by id, about 150 bytes each.
 const IDS_MAX: usize = 100_000;
 
+/// Numbers of rooms kept by id.
+const ROOMS_MAX: usize = 10_000;
 /// Numbers of state keys kept by name, about 150 bytes each.
 const KEYS_MAX: usize = 50_000;
 
@@ -56,6 +58,7 @@ pub struct Caches {
     pub(crate) auth: Cache<EventNid, Arc<[EventNid]>, EdgeWeight>,
     pub(crate) graphs: Cache<RoomNid, Arc<Graph>, GraphWeight>,
     pub(crate) ids: Cache<EventId, EventNid>,
+    pub(crate) rooms: Cache<RoomId, RoomNid>,
     pub(crate) keys: Cache<(RoomNid, StateKey), KeyNid>,
 }
 
@@ -72,6 +75,7 @@ impl Caches {
             auth: Cache::with_weighter(items(bytes.auth_edges, 64), bytes.auth_edges, EdgeWeight),
             graphs: Cache::with_weighter(items(bytes.graphs, 100_000), bytes.graphs, GraphWeight),
             ids: Cache::new(IDS_MAX),
+            rooms: Cache::new(ROOMS_MAX),
             keys: Cache::new(KEYS_MAX),
         }
     }

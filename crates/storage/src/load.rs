@@ -15,17 +15,35 @@ use room::effect::{
 use crate::cache::Body;
 use crate::driver::{Conn, Error, Result, Row};
 use crate::events::{self, Standing, Status};
+use crate::names::Wanted;
 use crate::rooms::{self, RoomRow};
 use crate::{Sequence, Store, auth_above, names, out_of_band, sequence, state_log, states};
 
 /// Answers one question. Only `Intern` is answered with more than a look at one snapshot.
 pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
     let room = room.clone();
-    if let Load::Intern { version, ids, keys } = load {
-        return names::number(store, room, version, ids, keys).await;
+    if let Load::Intern {
+        version,
+        ids,
+        keys,
+        unseen,
+    } = load
+    {
+        return names::number(store, room, version, Wanted { ids, keys, unseen }).await;
     }
     let own = store.server_name().clone();
     store.read(move |c| answer(c, &room, &load, &own)).await
+}
+
+/// Answers several questions, in their order, from one snapshot. `Intern` is not among them.
+pub async fn load_all(store: &Store, questions: Vec<(RoomId, Load)>) -> Result<Vec<Loaded>> {
+    let own = store.server_name().clone();
+    let look = move |c: &mut dyn Conn| {
+        let questions = questions.iter();
+        let answers = questions.map(|(room, load)| answer(c, room, load, &own));
+        answers.collect()
+    };
+    store.read(look).await
 }
 
 /// Answers one question on this snapshot.

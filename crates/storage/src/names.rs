@@ -188,21 +188,68 @@ fn too_many_keys() -> Error {
     Error::corrupt("a room has more state keys than numbers")
 }
 
+/// What is known of these names without a look into the database, if that is enough to number them.
+fn remembered(store: &Store, room: &RoomId, wanted: &Wanted) -> Option<Seen> {
+    let caches = &store.inner.caches;
+    let nid = caches.rooms.get(room)?;
+    let waiting = store.inner.names.waiting();
+    let of_room = waiting.rooms.get(room);
+    let key = |name: &StateKey| {
+        let waits = of_room.and_then(|keys| keys.waiting.get(name).copied());
+        let number = waits.or_else(|| caches.keys.get(&(nid, name.clone())));
+        number.map(|number| (name.clone(), number))
+    };
+    let keys = wanted.keys.iter().map(key).collect::<Option<_>>()?;
+    let mut events = HashMap::new();
+    for id in &wanted.ids {
+        let known = waiting.events.get(id).copied();
+        match known.or_else(|| caches.ids.get(id)) {
+            Some(number) => drop(events.insert(id.clone(), number)),
+            None if wanted.unseen => {}
+            None => return None,
+        }
+    }
+    Some(Seen {
+        room: Some(nid),
+        next_key: 0,
+        events,
+        keys,
+    })
+}
+
+/// What is to be numbered.
+pub(crate) struct Wanted {
+    pub ids: Vec<EventId>,
+    pub keys: Vec<StateKey>,
+    /// Whoever asks has found none of these events stored, or has just made them. Should that be wrong by now, the
+    /// commit that stores them is stale.
+    pub unseen: bool,
+}
+
 /// Numbers for these, in their order; those that have none get one.
 pub(crate) async fn number(
     store: &Store,
     room: RoomId,
     version: RoomVersion,
-    ids: Vec<EventId>,
-    keys: Vec<StateKey>,
+    wanted: Wanted,
 ) -> Result<Loaded> {
-    let few = ids.len() <= FEW && keys.len() <= FEW;
+    let few = wanted.ids.len() <= FEW && wanted.keys.len() <= FEW;
+    let mut at_hand = match few {
+        true => remembered(store, &room, &wanted),
+        false => None,
+    };
+    let Wanted { ids, keys, .. } = wanted;
     for _ in 0..TRIES_MAX {
         let (asked_room, asked_keys) = (room.clone(), keys.clone());
         let asked_ids = few.then(|| ids.clone());
-        let seen = store
-            .read(move |c| see(c, &asked_room, asked_ids.as_deref(), &asked_keys))
-            .await?;
+        let look = move |c: &mut dyn Conn| see(c, &asked_room, asked_ids.as_deref(), &asked_keys);
+        let seen = match at_hand.take() {
+            Some(seen) => seen,
+            None => store.read(look).await?,
+        };
+        if let Some(nid) = seen.room {
+            store.inner.caches.rooms.insert(room.clone(), nid);
+        }
         let numbered = match few {
             true => give(store, &room, seen, &ids, &keys).await?,
             false => give_and_write(store, &room, version, seen, &ids, &keys).await?,

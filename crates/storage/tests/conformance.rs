@@ -48,6 +48,7 @@ laws!(
     a_verdict_can_change,
     a_whole_copy_takes_the_place_of_a_redacted_one,
     an_auth_chain_is_the_same_with_and_without_the_log,
+    an_event_that_was_taken_for_new_is_found_when_it_is_stored,
     an_out_of_band_membership_ends_with_a_real_one,
     an_outlier_can_be_given_a_place_once,
     colliding_writes_add_up,

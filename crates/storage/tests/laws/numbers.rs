@@ -140,6 +140,30 @@ pub async fn a_number_that_another_process_overtook_is_never_stored(database: &D
     assert_eq!(store(&two, &there).await, Err(Stale));
 }
 
+/// What is said not to be stored is not looked for. Should it be there after all, nothing is stored.
+pub async fn an_event_that_was_taken_for_new_is_found_when_it_is_stored(database: &Database) {
+    if !database.lasting {
+        return;
+    }
+    let mut one = Fixture::joined(database).await;
+    let two = another(&one, database).await;
+    let carol = made(&mut one, "@carol:c.org").await;
+    store(&one, &carol).await.unwrap();
+    let pdus = [carol.pdu.clone()];
+    // The room is not known to it.
+    assert_eq!(two.number(&pdus, true).await[0].nid, carol.nid);
+    let two = another(&one, database).await;
+    let (c, leave) = ("@carol:c.org", json!({"membership": "leave"}));
+    let other = two.draft(c, "m.room.member", Some(c), leave, &[], &[], 9);
+    assert_eq!(two.intern(&[other]).await[0].key, carol.key);
+    let guess = two.number(&pdus, true).await.remove(0);
+    assert!(guess.nid != carol.nid && guess.key == carol.key);
+    assert_eq!(store(&two, &guess).await, Err(Stale));
+    let found = two.number(&pdus, false).await.remove(0);
+    assert_eq!((found.nid, found.key), (carol.nid, carol.key));
+    store(&two, &found).await.unwrap();
+}
+
 pub async fn two_processes_that_number_one_event_agree_in_the_end(database: &Database) {
     if !database.lasting {
         return;

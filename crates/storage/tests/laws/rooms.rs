@@ -113,6 +113,10 @@ impl Fixture {
     }
 
     pub async fn intern(&self, pdus: &[Arc<Pdu>]) -> Vec<Made> {
+        self.number(pdus, false).await
+    }
+
+    pub async fn number(&self, pdus: &[Arc<Pdu>], unseen: bool) -> Vec<Made> {
         let ids = pdus.iter().map(|pdu| pdu.event_id.clone()).collect();
         let keys: Vec<_> = pdus
             .iter()
@@ -122,6 +126,7 @@ impl Fixture {
             version: VERSION,
             ids,
             keys,
+            unseen,
         };
         let loaded = load(&self.store, &self.room, load_keys).await.unwrap();
         let Loaded::Interned { events, keys } = loaded else {
