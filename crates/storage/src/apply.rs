@@ -302,10 +302,10 @@ impl Plan {
         let mut placed_depth = self.store_events(c, &row, &mut applied)?;
         self.rejudge(c, &row)?;
         if let Some(extremities) = &writes.forward_extremities {
-            c.execute(DROP_EXTREMITIES, &[&row.nid])?;
+            c.later(DROP_EXTREMITIES, &[row![row.nid]])?;
             let rows: Vec<_> = extremities.iter().map(|e| row![row.nid, e.nid]).collect();
             if !rows.is_empty() {
-                c.execute_many(INSERT_EXTREMITY, &rows)?;
+                c.later(INSERT_EXTREMITY, &rows)?;
             }
         }
         let marked_before = rooms::partial_marker(c, row.nid)?;
@@ -347,15 +347,9 @@ impl Plan {
         if guarded || placed_depth.is_some() {
             let revision = i64::try_from(applied.revision).expect("a count of commits");
             let root = writes.current_state.as_ref().map(|s| self.nodes.root(s));
-            c.execute(
-                UPDATE_ROOM,
-                &[
-                    &row.nid,
-                    &revision,
-                    &root.unwrap_or(row.state_root),
-                    &placed_depth.or(row.min_depth),
-                ],
-            )?;
+            let root = root.unwrap_or(row.state_root);
+            let depth = placed_depth.or(row.min_depth);
+            c.later(UPDATE_ROOM, &[row![row.nid, revision, root, depth]])?;
         }
         Ok(applied)
     }
@@ -536,7 +530,7 @@ impl Plan {
                 ]
             });
             let rows: Vec<_> = rows.collect();
-            c.execute_many(INSERT_EVENT, &rows)?;
+            c.later(INSERT_EVENT, &rows)?;
         }
         let edges = new.iter().zip(&packed);
         let edges = edges.filter_map(|(event, (auth, _))| Some((event.nid, event.key?, &**auth)));
@@ -704,10 +698,8 @@ impl Plan {
             Some(position) => position,
             None => streams::next(c, Stream::Events)?,
         };
-        c.execute(
-            INSERT_ROOM_STATE,
-            &[&row.nid, &position, &self.nodes.root(state)],
-        )?;
+        let root = self.nodes.root(state);
+        c.later(INSERT_ROOM_STATE, &[row![row.nid, position, root]])?;
         applied.state_position = Some(position);
         self.publish_members(c, row.nid, &change.members, position, applied)
     }
@@ -774,7 +766,7 @@ impl Plan {
                     .iter()
                     .map(|(user, said, nid, at, local)| row![room, *user, *said, *nid, *at, *local])
                     .collect();
-                c.execute_many(sql, &rows)?;
+                c.later(sql, &rows)?;
             }
         }
         if !gone.is_empty() {
@@ -786,9 +778,9 @@ impl Plan {
             .map(|(server, n)| row![room, *server, *n])
             .collect();
         if !rows.is_empty() {
-            c.execute_many(ADD_HOST, &rows)?;
+            c.later(ADD_HOST, &rows)?;
             let touched: Vec<&str> = hosts.into_keys().collect();
-            c.execute(DROP_HOSTS, &[&room, &crate::texts(&touched)])?;
+            c.later(DROP_HOSTS, &[row![room, &crate::texts(&touched)]])?;
         }
         Ok(())
     }
@@ -985,15 +977,15 @@ fn link(
     let prevs = edges(|pdu| &pdu.prev_events);
     let rows: Vec<_> = prevs.iter().map(|(prev, e)| row![*prev, e.nid]).collect();
     if !rows.is_empty() {
-        c.execute_many(INSERT_CHILD, &rows)?;
+        c.later(INSERT_CHILD, &rows)?;
     }
     let auth = edges(|pdu| &pdu.auth_events);
     let rows: Vec<_> = auth.iter().map(|(auth, e)| row![*auth, e.nid]).collect();
     if !rows.is_empty() {
-        c.execute_many(INSERT_DEPENDENT, &rows)?;
+        c.later(INSERT_DEPENDENT, &rows)?;
     }
     let here: Vec<EventNid> = placed.iter().map(|event| event.nid).collect();
-    c.execute(PLACED, &[&room, &events::raw(&here)])?;
+    c.later(PLACED, &[row![room, &events::raw(&here)]])?;
     let named: BTreeSet<EventNid> = prevs.iter().map(|(prev, _)| *prev).collect();
     let named: Vec<EventNid> = named.into_iter().collect();
     let statuses = events::statuses(c, &named)?;
@@ -1008,7 +1000,7 @@ fn link(
         .map(|(prev, event)| row![room, *prev, event.pdu.depth])
         .collect();
     if !rows.is_empty() {
-        c.execute_many(WANTED, &rows)?;
+        c.later(WANTED, &rows)?;
     }
     Ok(())
 }

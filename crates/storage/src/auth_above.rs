@@ -45,7 +45,7 @@ pub(crate) fn add<'a>(c: &mut dyn Conn, stored: impl IntoIterator<Item = Edges<'
     if rows.is_empty() {
         return Ok(());
     }
-    c.execute_many(INSERT, &rows).map(drop)
+    c.later(INSERT, &rows)
 }
 
 /// Those of these events that are in the auth chain of one for which `agreed` holds.

@@ -344,6 +344,10 @@ pub trait Conn {
     /// Runs one statement once for each row of parameters, with as few round trips as the engine can.
     fn execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64>;
 
+    /// The same, for whoever wants no number. The engine may wait for the outcome together with that of the next
+    /// statement, or of the commit: what goes wrong may come up only there.
+    fn later(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<()>;
+
     /// Has the engine look at a statement without running it.
     fn prepare(&mut self, sql: &str) -> Result<()>;
 

@@ -69,20 +69,23 @@ pub fn add(c: &mut dyn Conn, room: RoomNid, events: &[(EventNid, &Pdu)]) -> Resu
         })
         .collect();
     if !rows.is_empty() {
-        c.execute_many(RELATION, &rows)?;
+        c.later(RELATION, &rows)?;
     }
     let rows: Vec<_> = words
         .iter()
         .map(|(word, nid, field)| row![word, &room, nid, *field])
         .collect();
     if !rows.is_empty() {
-        c.execute_many(WORD, &rows)?;
+        c.later(WORD, &rows)?;
     }
     Ok(())
 }
 
 /// Forgets events that turned out to be rejected.
 pub fn remove(c: &mut dyn Conn, events: &[EventNid]) -> Result<()> {
+    if events.is_empty() {
+        return Ok(());
+    }
     let numbers: Vec<i64> = events.iter().map(|nid| nid.0).collect();
     for sql in [FORGET_RELATION, FORGET_REDACTION, FORGET_WORDS] {
         c.execute(sql, &[&numbers])?;

@@ -438,6 +438,6 @@ pub(crate) fn write(c: &mut dyn Conn, room: RoomNid, names: &Numbered) -> Result
         let keys: Vec<StateKey> = names.keys.keys().cloned().collect();
         others.keys_differ = states::keys(c, room, &keys)? != names.keys;
     }
-    c.execute(RAISE_NEXT, &[&room, &(i64::from(last.0) + 1)])?;
+    c.later(RAISE_NEXT, &[row![room, i64::from(last.0) + 1]])?;
     Ok(others)
 }

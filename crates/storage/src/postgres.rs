@@ -4,11 +4,12 @@ use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures::future::join;
+use futures::future::{BoxFuture, join};
 use futures::{SinkExt, StreamExt, TryStreamExt, pin_mut};
 use tokio::runtime::Runtime;
 use tokio_postgres::error::SqlState;
@@ -26,6 +27,10 @@ const TRIES_MAX: u32 = 6;
 
 /// Statements on their way in one pipeline: bounds the memory of both ends.
 const PIPELINE_MAX: usize = 512;
+
+/// Rows of one statement that are sent without waiting for what comes of them, and all that are under way so.
+const LATER_ROWS_MAX: usize = 8;
+const LATER_MAX: usize = 64;
 
 /// From this many rows on they go in lists, a parameter for each column.
 const ROWS_IN_LISTS_MIN: usize = 4;
@@ -270,10 +275,13 @@ struct Session {
     config: Config,
     cached: Cached,
     runtime: Runtime,
-    client: Option<Client>,
+    client: Option<Arc<Client>>,
     statements: HashMap<Box<str>, Statement>,
     /// Commands that go out together with the next statement.
     ahead: String,
+    /// Statements that were sent and not yet answered. Their answers come before those to all that is sent after
+    /// them.
+    later: Vec<Later>,
     /// How long these are without the one that begins a transaction, while that is among them.
     begins: Option<usize>,
 }
@@ -291,6 +299,7 @@ impl Session {
             client: None,
             statements: HashMap::new(),
             ahead: String::new(),
+            later: Vec::new(),
             begins: None,
         })
     }
@@ -324,7 +333,7 @@ impl Session {
                             tracing::warn!(%error, "lost a connection to the database");
                         }
                     });
-                    self.client = Some(client);
+                    self.client = Some(Arc::new(client));
                     return self.batch(SESSION);
                 }
                 Err(error) => failure = Some(error),
@@ -333,14 +342,38 @@ impl Session {
         Err(failure.map_or(Error::Closed, translate))
     }
 
-    fn client(&self) -> Result<&Client> {
-        self.client.as_ref().ok_or(Error::Closed)
+    fn client(&self) -> Result<Arc<Client>> {
+        self.client.clone().ok_or(Error::Closed)
     }
 
-    fn batch(&self, sql: &str) -> Result<()> {
-        self.runtime
-            .block_on(self.client()?.batch_execute(sql))
-            .map_err(translate)
+    /// Waits for this, and for all that was sent before. What went wrong first counts: PostgreSQL takes nothing
+    /// more in a transaction after that.
+    fn wait<T>(&mut self, then: impl Future<Output = Asked<T>>) -> Result<T> {
+        let later = std::mem::take(&mut self.later);
+        if later.is_empty() {
+            return self.runtime.block_on(then).map_err(translate);
+        }
+        let settled = async {
+            let mut first = Ok(());
+            for statement in later {
+                first = first.and(statement.await.map(drop));
+            }
+            first
+        };
+        let (settled, then) = self.runtime.block_on(join(settled, then));
+        settled.and(then).map_err(translate)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        match self.later.is_empty() {
+            true => Ok(()),
+            false => self.wait(std::future::ready(Ok(()))),
+        }
+    }
+
+    fn batch(&mut self, sql: &str) -> Result<()> {
+        let client = self.client()?;
+        self.wait(client.batch_execute(sql))
     }
 
     /// To prove that one knows the password takes longer than most questions.
@@ -354,11 +387,12 @@ impl Session {
         self.client = None;
         self.statements.clear();
         self.ahead.clear();
+        self.later.clear();
         self.begins = None;
     }
 
     fn is_lost(&self) -> bool {
-        self.client.as_ref().is_none_or(Client::is_closed)
+        self.client.as_ref().is_none_or(|c| c.is_closed())
     }
 
     /// Has commands sent before the next statement, in the same packet.
@@ -485,6 +519,8 @@ impl Session {
         for job in &mut *jobs {
             self.send_ahead("SAVEPOINT job");
             let outcome = self.run_write(job.as_mut());
+            // To each its own.
+            let outcome = outcome.and(self.settle());
             if self.is_lost() || matches!(outcome, Err(Error::Conflict(_))) {
                 self.give_up_group();
                 return None;
@@ -535,10 +571,7 @@ impl PostgresConn<'_> {
         self.session.begins = None;
         let session = &mut *self.session;
         let client = session.client()?;
-        let statement = session
-            .runtime
-            .block_on(after(client, &commands, client.prepare(here)))
-            .map_err(translate)?;
+        let statement = session.wait(after(&client, &commands, client.prepare(here)))?;
         if session.statements.len() >= STATEMENTS_MAX {
             session.statements.clear();
         }
@@ -547,12 +580,16 @@ impl PostgresConn<'_> {
     }
 }
 
+/// What became of a question to the database.
+type Asked<T> = std::result::Result<T, tokio_postgres::Error>;
+type Later = BoxFuture<'static, Asked<u64>>;
+
 /// Sends commands and what comes after them in one go.
 async fn after<T>(
     client: &Client,
     commands: &str,
-    then: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
-) -> std::result::Result<T, tokio_postgres::Error> {
+    then: impl Future<Output = Asked<T>>,
+) -> Asked<T> {
     if commands.is_empty() {
         return then.await;
     }
@@ -606,6 +643,12 @@ impl Conn for PostgresConn<'_> {
         outcome
     }
 
+    fn later(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<()> {
+        let outcome = self.run_later(sql, rows);
+        self.failed |= outcome.is_err();
+        outcome
+    }
+
     fn prepare(&mut self, sql: &str) -> Result<()> {
         let outcome = self.statement(sql).map(drop);
         self.failed |= outcome.is_err();
@@ -629,9 +672,9 @@ impl PostgresConn<'_> {
         let values: Vec<Bound<'_>> = params.iter().map(|p| Bound(p.value())).collect();
         let client = self.session.client()?;
         let wanted = statement.params().len().min(values.len());
+        let asked = client.query_raw(&statement, &values[..wanted]);
+        let rows = self.session.wait(after(&client, &commands, asked))?;
         self.session.runtime.block_on(async {
-            let asked = client.query_raw(&statement, &values[..wanted]);
-            let rows = after(client, &commands, asked).await.map_err(translate)?;
             pin_mut!(rows);
             while let Some(row) = rows.try_next().await.map_err(translate)? {
                 each(&PostgresRow {
@@ -650,17 +693,42 @@ impl PostgresConn<'_> {
         let client = self.session.client()?;
         let wanted = statement.params().len().min(values.len());
         let execution = client.execute_raw(&statement, &values[..wanted]);
-        self.session
-            .runtime
-            .block_on(after(client, &commands, execution))
-            .map_err(translate)
+        self.session.wait(after(&client, &commands, execution))
+    }
+
+    fn run_later(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<()> {
+        let statement = self.statement(sql)?;
+        let waits = !self.session.ahead.is_empty();
+        if waits || rows.len() > LATER_ROWS_MAX || self.session.later.len() > LATER_MAX {
+            return self.run_execute_many(sql, rows).map(drop);
+        }
+        let client = self.session.client()?;
+        for row in rows {
+            let params = statement.params().iter().zip(row);
+            let params = params.map(|(ty, value)| Encoded::of(*value, ty));
+            let params = params.collect::<Result<Vec<_>>>()?;
+            let (client, statement) = (Arc::clone(&client), statement.clone());
+            let execution = async move { client.execute_raw(&statement, params).await };
+            let mut execution: Later = Box::pin(execution);
+            // Which sends it.
+            let sent = self
+                .session
+                .runtime
+                .block_on(async { futures::poll!(execution.as_mut()) });
+            match sent {
+                Poll::Ready(outcome) => drop(outcome.map_err(translate)?),
+                Poll::Pending => self.session.later.push(execution),
+            }
+        }
+        Ok(())
     }
 
     fn run_execute_many(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<u64> {
         let statement = self.statement(sql)?;
         let commands = self.session.take_ahead(sql)?;
-        if !commands.is_empty() {
-            self.session.batch(&commands)?;
+        match commands.is_empty() {
+            true => self.session.settle()?,
+            false => self.session.batch(&commands)?,
         }
         let insert = match rows.len() >= ROWS_IN_LISTS_MIN {
             true => Insert::parse(sql),
@@ -857,6 +925,37 @@ impl std::fmt::Debug for Value<'_> {
             Value::Texts(_) => "texts",
         })
     }
+}
+
+/// A parameter as it goes over the wire.
+#[derive(Debug)]
+struct Encoded(Option<Bytes>);
+
+impl Encoded {
+    fn of(value: Value<'_>, ty: &Type) -> Result<Self> {
+        let mut bytes = BytesMut::new();
+        match Bound(value).to_sql(ty, &mut bytes) {
+            Ok(IsNull::Yes) => Ok(Self(None)),
+            Ok(IsNull::No) => Ok(Self(Some(bytes.freeze()))),
+            Err(error) => Err(Error::Engine(error)),
+        }
+    }
+}
+
+impl ToSql for Encoded {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> SqlResult {
+        let Some(bytes) = &self.0 else {
+            return Ok(IsNull::Yes);
+        };
+        out.put_slice(bytes);
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
 }
 
 type SqlResult = std::result::Result<IsNull, Box<dyn std::error::Error + Sync + Send>>;

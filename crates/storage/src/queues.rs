@@ -8,6 +8,7 @@ use protocol::nid::EventNid;
 use protocol::room_version::RoomVersion;
 
 use crate::driver::{Conn, Error, Result, Row, Value, texts};
+use crate::row;
 
 /// Rows that are written in one go for an event that goes to more, while other writers wait.
 const SPREAD_MAX: usize = 500;
@@ -215,7 +216,7 @@ pub fn enqueue_event(
     }
     let number = number(c)?;
     if servers.len() > direct_max {
-        c.execute(FAN_OUT, &[&number, &event, &list(servers.iter())])?;
+        c.later(FAN_OUT, &[row![number, event, &list(servers.iter())]])?;
         return Ok(Queued::ToBeSpread);
     }
     enqueue(c, event, servers, number)?;
@@ -234,7 +235,7 @@ fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], number: i6
             ]
         })
         .collect();
-    c.execute_many(ENQUEUE, &rows).map(drop)
+    c.later(ENQUEUE, &rows)
 }
 
 fn list<'a>(servers: impl Iterator<Item = &'a ServerName>) -> String {

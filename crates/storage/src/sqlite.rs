@@ -401,6 +401,10 @@ impl Conn for SqliteConn<'_> {
         Ok(changed)
     }
 
+    fn later(&mut self, sql: &str, rows: &[Vec<Value<'_>>]) -> Result<()> {
+        self.execute_many(sql, rows).map(drop)
+    }
+
     fn prepare(&mut self, sql: &str) -> Result<()> {
         prepare(self.connection, sql).map(drop)
     }

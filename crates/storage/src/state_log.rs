@@ -43,8 +43,7 @@ pub(crate) fn add<'a>(
         return Ok(());
     };
     let row = encode(&stored)?;
-    c.execute_many(INSERT, &[row![room, *newest, &row]])
-        .map(drop)
+    c.later(INSERT, &[row![room, *newest, &row]])
 }
 
 /// How many state events of the room are noted, roughly: an id takes 44 bytes, and auth events a few.

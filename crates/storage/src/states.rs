@@ -166,7 +166,7 @@ impl Unstored {
             .map(|node| (self.number(node), node.encode(&|child| self.number(child))))
             .collect();
         let rows: Vec<_> = encoded.iter().map(|(nid, node)| row![nid, node]).collect();
-        c.execute_many(INSERT_NODE, &rows).map(drop)
+        c.later(INSERT_NODE, &rows)
     }
 
     /// To be called when the transaction has been committed.

@@ -75,6 +75,7 @@ laws!(
     what_a_purged_room_owes_is_still_sent,
     what_agreed_entries_stand_on_is_found_from_below,
     what_goes_to_many_servers_is_spread_after_the_commit,
+    what_goes_wrong_later_undoes_all,
     what_is_sent_waits_in_the_outbox,
     what_was_committed_survives_a_crash,
     what_was_partial_in_a_freed_room_is_not_trusted,

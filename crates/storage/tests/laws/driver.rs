@@ -41,6 +41,37 @@ pub async fn a_failed_write_leaves_nothing(database: &Database) {
     assert_eq!(store.read(count).await.unwrap(), 0);
 }
 
+pub async fn what_goes_wrong_later_undoes_all(database: &Database) {
+    let store = scratch(database).await;
+    let twice = |c: &mut dyn Conn, n: i64| {
+        c.later(INSERT, &[row![n, "once"]])?;
+        c.later(INSERT, &[row![n, "again"]])
+    };
+    let outcome = store.write(move |c| twice(c, 1)).await;
+    assert!(matches!(outcome, Err(Error::Constraint(_))), "{outcome:?}");
+    let looked = store.write(move |c| twice(c, 1).and_then(|()| count(c)));
+    let looked = looked.await;
+    assert!(matches!(looked, Err(Error::Constraint(_))), "{looked:?}");
+    let counted = store.write(|c| {
+        c.later(INSERT, &[row![1_i64, "one"], row![2_i64, "two"]])?;
+        count(c)
+    });
+    assert_eq!(counted.await.unwrap(), 2);
+    // So many that they share a transaction, and more in one than may be under way.
+    let writes = (0..60).map(|n| {
+        store.write(move |c| {
+            for m in 0..100 {
+                c.later(INSERT, &[row![1_000 * (n + 1) + m, "one"]])?;
+            }
+            if n == 20 { twice(c, 10) } else { Ok(()) }
+        })
+    });
+    for (n, outcome) in futures::future::join_all(writes).await.iter().enumerate() {
+        assert_eq!(outcome.is_err(), n == 20, "{n}: {outcome:?}");
+    }
+    assert_eq!(store.read(count).await.unwrap(), 2 + 59 * 100);
+}
+
 pub async fn a_panic_leaves_the_store_alive(database: &Database) {
     let store = scratch(database).await;
     for _ in 0..20 {
