@@ -376,7 +376,7 @@ impl Room {
             version: self.version,
             ids: chunk.iter().map(|made| made.pdu.event_id.clone()).collect(),
             keys: keys.collect(),
-            unseen: false,
+            new: false,
         };
         let Loaded::Interned { events, keys } = load(store, &self.id, question).await? else {
             bail!("not what was asked for");

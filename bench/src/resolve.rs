@@ -320,7 +320,7 @@ impl World {
                 .iter()
                 .filter_map(|pdu| Some((pdu.kind.clone(), pdu.state_key.clone()?)))
                 .collect(),
-            unseen: false,
+            new: false,
         };
         match load(&self.store, &self.room, question).await? {
             Loaded::Interned { events, keys } => Ok((events, keys)),

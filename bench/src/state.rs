@@ -188,7 +188,7 @@ async fn intern(
             .iter()
             .filter_map(|pdu| Some((pdu.kind.clone(), pdu.state_key.clone()?)))
             .collect(),
-        unseen: false,
+        new: false,
     };
     match load(store, room, question).await? {
         Loaded::Interned { events, keys } => Ok((events, keys)),

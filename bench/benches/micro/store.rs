@@ -123,7 +123,7 @@ async fn store_events(
             .iter()
             .filter_map(|pdu| Some((pdu.kind.clone(), pdu.state_key.clone()?)))
             .collect(),
-        unseen: false,
+        new: false,
     };
     let Loaded::Interned { events, keys } = load(store, &room()?, question).await? else {
         bail!("not what was asked for");

@@ -23,6 +23,10 @@ use crate::drive::{Command, Run, drive};
 const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
 const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
+/// Who has just joined asks for the room, and says something: the resync of a room on more servers than this, which
+/// has work for all cores, begins after.
+const LARGE_MIN: usize = 100;
+const LARGE_AFTER: Duration = Duration::from_millis(100);
 /// Resyncs taken up at a start that fetch at the same time. Those of new joins, and of rooms that somebody
 /// waits for, come on top.
 const RESUMED_AT_ONCE_MAX: usize = 8;
@@ -81,6 +85,9 @@ impl Tasks<'_> {
         };
         let hs = self.hs.clone();
         self.hs.spawn_until_stop("resync", async move {
+            if rest.is_none() && is_large(&hs, &room).await {
+                tokio::time::sleep(LARGE_AFTER).await;
+            }
             resync(&hs, &room, rest, commands).await;
             hs.tasks().lock().remove(&room);
             hs.tasks().resync_pauses(&room);
@@ -204,6 +211,12 @@ impl Tasks<'_> {
 
 fn retry() -> Command<Resync> {
     Box::new(|resync: &mut Resync, now: Now| resync.retry(now))
+}
+
+async fn is_large(hs: &Homeserver, room: &RoomId) -> bool {
+    let head = hs.rooms().head(room).await.ok().flatten();
+    let marker = head.and_then(|head| head.partial);
+    marker.is_some_and(|marker| marker.servers_in_room.len() >= LARGE_MIN)
 }
 
 async fn resync(

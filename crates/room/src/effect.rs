@@ -249,8 +249,8 @@ pub enum Load {
         version: RoomVersion,
         ids: Vec<EventId>,
         keys: Vec<StateKey>,
-        /// None of these events is stored, as far as the machine knows, so the store need not look.
-        unseen: bool,
+        /// These events were just made: nobody has named them so far, and the store need not look.
+        new: bool,
     },
     /// The state before and after each of these timeline (or backfilled) events; those that have no state
     /// are absent. → [`Loaded::States`]

@@ -66,6 +66,7 @@ pub(crate) struct Facts {
     known: BTreeMap<EventId, Option<Known>>,
     found: BTreeMap<EventId, Option<Found>>,
     nids: BTreeMap<EventId, EventNid>,
+    made: BTreeSet<EventId>,
     keys: BTreeMap<StateKey, KeyNid>,
     states: BTreeMap<EventNid, Option<StateAt>>,
     children: BTreeMap<EventNid, Vec<Child>>,
@@ -103,6 +104,7 @@ impl Facts {
             known: BTreeMap::new(),
             found: BTreeMap::new(),
             nids: BTreeMap::new(),
+            made: BTreeSet::new(),
             keys: BTreeMap::new(),
             states: BTreeMap::new(),
             children: BTreeMap::new(),
@@ -341,19 +343,16 @@ impl Facts {
         }
         lacking(Load::Intern {
             version,
-            unseen: ids.iter().all(|id| self.is_unseen(id)),
+            new: ids.iter().all(|id| self.made.contains(id)),
             ids: ids.into_iter().collect(),
             keys: keys.into_iter().collect(),
         })
     }
 
-    fn is_unseen(&self, id: &EventId) -> bool {
-        matches!(self.found.get(id), Some(None)) || matches!(self.known.get(id), Some(None))
-    }
-
-    /// An event that was just made: it is stored nowhere.
+    /// An event that was just made here. That one of another server is not stored is not enough: another event may
+    /// have named it, so that it has a number.
     pub fn add_made(&mut self, id: &EventId) {
-        self.found.insert(id.clone(), None);
+        self.made.insert(id.clone());
     }
 
     pub fn nid(&self, id: &EventId) -> Option<EventNid> {

@@ -1056,7 +1056,7 @@ impl Fetch {
             version: self.version,
             ids,
             keys,
-            unseen: false,
+            new: false,
         };
         self.writing = Some(Writing::Numbering(out.load(&self.facts.room, load), judged));
     }

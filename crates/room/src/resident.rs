@@ -331,7 +331,7 @@ pub struct Accept {
 enum AcceptState {
     /// The room's version decides how the event is to be read.
     Opening(Box<Facts>),
-    Checking(Ticket),
+    Checking(Ticket, Box<Facts>),
     Deciding(Box<Thinking<Accepting>>),
     Fetching(Box<Fetching>),
     Done,
@@ -373,7 +373,7 @@ impl Accept {
             Ok(Ok(pdu)) => {
                 self.version = Some(pdu.version);
                 let check = self.out.check(pdu.version, vec![pdu.json.clone()]);
-                AcceptState::Checking(check)
+                AcceptState::Checking(check, facts)
             }
         }
     }
@@ -471,6 +471,7 @@ impl Accept {
     fn on_checked(
         &mut self,
         verdict: Option<Result<Arc<Pdu>, crate::effect::BadPdu>>,
+        facts: Facts,
     ) -> AcceptState {
         match verdict {
             Some(Ok(pdu)) => {
@@ -479,7 +480,6 @@ impl Accept {
                     request: self.request.clone(),
                     pdu,
                 };
-                let facts = Facts::new(self.request.room.clone());
                 let thinking = Thinking::new(accepting, facts, &mut self.out);
                 self.settle(Box::new(thinking))
             }
@@ -567,8 +567,8 @@ impl Machine for Accept {
                     false => AcceptState::Opening(facts),
                 }
             }
-            (AcceptState::Checking(t), Input::Checked { ticket, pdus }) if t == ticket => {
-                self.on_checked(pdus.into_iter().next())
+            (AcceptState::Checking(t, facts), Input::Checked { ticket, pdus }) if t == ticket => {
+                self.on_checked(pdus.into_iter().next(), *facts)
             }
             (AcceptState::Deciding(mut thinking), input) => {
                 thinking.handle(input, &mut self.out);

@@ -1,6 +1,6 @@
 //! A WriteSet, row by row, in one transaction.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -1050,9 +1050,9 @@ const LOCAL_JOINED: &str = "SELECT 1 FROM memberships
 const INSERT_MARKER: &str =
     "INSERT INTO partial_rooms (room_nid, joined_via, join_event, device_lists_at)
     VALUES ($1, $2, $3, $4)";
+/// No two of these collide, which PostgreSQL makes use of.
 const INSERT_SERVER: &str =
-    "INSERT INTO partial_servers (room_nid, server, place) VALUES ($1, $2, $3)
-    ON CONFLICT (room_nid, server) DO NOTHING";
+    "INSERT INTO partial_servers (room_nid, server, place) VALUES ($1, $2, $3)";
 const DROP_MARKER: &str = "DELETE FROM partial_rooms WHERE room_nid = $1";
 const DROP_SERVERS: &str = "DELETE FROM partial_servers WHERE room_nid = $1";
 const PARTIAL_EVENTS: &str = "SELECT nid FROM events WHERE room_nid = $1 AND partial = 1";
@@ -1081,8 +1081,10 @@ fn mark(c: &mut dyn Conn, room: RoomNid, marker: &PartialMarker) -> Result<()> {
             &marker.device_lists_at,
         ],
     )?;
+    let mut seen = HashSet::new();
     let servers = (0_i64..).zip(&marker.servers_in_room);
     let rows: Vec<_> = servers
+        .filter(|(_, server)| seen.insert(*server))
         .map(|(place, server)| row![room, server, place])
         .collect();
     if !rows.is_empty() {

@@ -26,10 +26,10 @@ pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
         version,
         ids,
         keys,
-        unseen,
+        new,
     } = load
     {
-        return names::number(store, room, version, Wanted { ids, keys, unseen }).await;
+        return names::number(store, room, version, Wanted { ids, keys, new }).await;
     }
     let own = store.server_name().clone();
     store.read(move |c| answer(c, &room, &load, &own)).await

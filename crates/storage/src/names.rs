@@ -205,7 +205,7 @@ fn remembered(store: &Store, room: &RoomId, wanted: &Wanted) -> Option<Seen> {
         let known = waiting.events.get(id).copied();
         match known.or_else(|| caches.ids.get(id)) {
             Some(number) => drop(events.insert(id.clone(), number)),
-            None if wanted.unseen => {}
+            None if wanted.new => {}
             None => return None,
         }
     }
@@ -221,9 +221,9 @@ fn remembered(store: &Store, room: &RoomId, wanted: &Wanted) -> Option<Seen> {
 pub(crate) struct Wanted {
     pub ids: Vec<EventId>,
     pub keys: Vec<StateKey>,
-    /// Whoever asks has found none of these events stored, or has just made them. Should that be wrong by now, the
-    /// commit that stores them is stale.
-    pub unseen: bool,
+    /// Whoever asks has just made these events. Should one have a number all the same, the commit that stores it is
+    /// stale.
+    pub new: bool,
 }
 
 /// Numbers for these, in their order; those that have none get one.

@@ -140,7 +140,7 @@ pub async fn a_number_that_another_process_overtook_is_never_stored(database: &D
     assert_eq!(store(&two, &there).await, Err(Stale));
 }
 
-/// What is said not to be stored is not looked for. Should it be there after all, nothing is stored.
+/// What is said to be new is not looked for. Should it have a number after all, nothing is stored.
 pub async fn an_event_that_was_taken_for_new_is_found_when_it_is_stored(database: &Database) {
     if !database.lasting {
         return;
