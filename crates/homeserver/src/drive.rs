@@ -110,15 +110,12 @@ where
 
 /// All that a machine looks up at one time, in one go.
 async fn look(hs: Homeserver, looks: Vec<(Ticket, RoomId, Load)>, inputs: mpsc::Sender<Input>) {
-    let questions = looks
-        .iter()
-        .map(|(_, room, load)| (room.clone(), load.clone()));
-    let questions: Vec<_> = questions.collect();
-    let first = looks[0].0;
-    let answers = persist(first, || {
+    let apart = |(ticket, room, load)| (ticket, (room, load));
+    let (tickets, questions): (Vec<_>, Vec<_>) = looks.into_iter().map(apart).unzip();
+    let answers = persist(tickets[0], || {
         storage::load::load_all(hs.store(), questions.clone())
     });
-    for ((ticket, ..), loaded) in looks.into_iter().zip(answers.await) {
+    for (ticket, loaded) in tickets.into_iter().zip(answers.await) {
         let _machine_is_done = inputs.send(Input::Loaded { ticket, loaded }).await;
     }
 }

@@ -23,7 +23,7 @@ use crate::drive::{Command, Run, drive};
 const DEBT_PAUSE_MIN: Duration = Duration::from_secs(10);
 const DEBT_PAUSE_MAX: Duration = Duration::from_secs(3600);
 
-/// Who has just joined asks for the room, and says something: the resync of a room on more servers than this, which
+/// Who has just joined asks for the room, and says something: the resync of a room on at least so many servers, which
 /// has work for all cores, begins after.
 const LARGE_MIN: usize = 100;
 const LARGE_AFTER: Duration = Duration::from_millis(100);
