@@ -1,6 +1,6 @@
 //! A WriteSet, row by row, in one transaction.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -1081,10 +1081,8 @@ fn mark(c: &mut dyn Conn, room: RoomNid, marker: &PartialMarker) -> Result<()> {
             &marker.device_lists_at,
         ],
     )?;
-    let mut seen = HashSet::new();
-    let servers = (0_i64..).zip(&marker.servers_in_room);
+    let servers = (0_i64..).zip(queues::once(&marker.servers_in_room));
     let rows: Vec<_> = servers
-        .filter(|(_, server)| seen.insert(*server))
         .map(|(place, server)| row![room, server, place])
         .collect();
     if !rows.is_empty() {

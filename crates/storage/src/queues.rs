@@ -1,7 +1,7 @@
 //! What waits: PDUs staged for their room, the outbox of each destination, foreign keys, and the record of
 //! joins and resyncs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
@@ -215,31 +215,41 @@ pub fn enqueue_event(
         return Ok(Queued::Waiting);
     }
     let number = number(c)?;
+    // An event has one place in an outbox.
+    let servers = once(servers);
     if servers.len() > direct_max {
-        c.later(FAN_OUT, &[row![number, event, &list(servers.iter())]])?;
+        c.later(FAN_OUT, &[row![number, event, &list(servers)]])?;
         return Ok(Queued::ToBeSpread);
     }
-    enqueue(c, event, servers, number)?;
+    enqueue(c, servers, number, Some(event), None)?;
     Ok(Queued::Waiting)
 }
 
-fn enqueue(c: &mut dyn Conn, event: EventNid, servers: &[ServerName], number: i64) -> Result<()> {
-    let rows: Vec<Vec<Value<'_>>> = servers
-        .iter()
-        .map(|server| {
-            vec![
-                Value::Text(server.as_str()),
-                number.into(),
-                event.into(),
-                Value::Null,
-            ]
-        })
+/// Each of these once, in their order.
+pub(crate) fn once(servers: &[ServerName]) -> Vec<&ServerName> {
+    let mut seen = HashSet::new();
+    let first = servers.iter().filter(|server| seen.insert(*server));
+    first.collect()
+}
+
+/// Puts an event or an EDU into the outbox of each of these, at this place.
+fn enqueue<'a>(
+    c: &mut dyn Conn,
+    servers: impl IntoIterator<Item = &'a ServerName>,
+    number: i64,
+    event: Option<EventNid>,
+    edu: Option<&str>,
+) -> Result<()> {
+    let rows = servers.into_iter();
+    let rows: Vec<_> = rows
+        .map(|server| row![server, number, event, edu])
         .collect();
     c.later(ENQUEUE, &rows)
 }
 
-fn list<'a>(servers: impl Iterator<Item = &'a ServerName>) -> String {
-    servers.flat_map(|server| [server.as_str(), " "]).collect()
+fn list<'a>(servers: impl IntoIterator<Item = &'a ServerName>) -> String {
+    let names = servers.into_iter();
+    names.flat_map(|server| [server.as_str(), " "]).collect()
 }
 
 /// What [`spread`] did with an event.
@@ -283,11 +293,11 @@ pub fn spread(
             false => left.push(server),
         }
     }
-    enqueue(c, event, &servers, number)?;
+    enqueue(c, &servers, number, Some(event), None)?;
     if left.is_empty() {
         c.execute(DROP_FAN_OUT, &[&number])?;
     } else if !servers.is_empty() {
-        c.execute(SHORTEN_FAN_OUT, &[&number, &list(left.iter())])?;
+        c.execute(SHORTEN_FAN_OUT, &[&number, &list(&left)])?;
     }
     Ok(Some(Spread {
         number,
@@ -302,19 +312,8 @@ pub fn enqueue_edu(c: &mut dyn Conn, edu: &str, servers: &[ServerName]) -> Resul
         return Ok(());
     }
     let number = number(c)?;
-    let rows: Vec<Vec<Value<'_>>> = servers
-        .iter()
-        .map(|server| {
-            vec![
-                Value::Text(server.as_str()),
-                number.into(),
-                Value::Null,
-                Value::Text(edu),
-            ]
-        })
-        .collect();
-    c.execute_many(ENQUEUE, &rows)?;
-    Ok(())
+    let servers = once(servers);
+    enqueue(c, servers, number, None, Some(edu))
 }
 
 /// The oldest things waiting for a destination. An event that was purged meanwhile is an empty PDU.
