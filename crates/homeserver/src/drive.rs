@@ -203,6 +203,7 @@ fn execute(
                     .await;
             });
         }
+        // Numbers, which may take several looks; the others look together.
         Effect::Load { ticket, room, load } => {
             asks.spawn(async move {
                 let loaded = persist(ticket, || {

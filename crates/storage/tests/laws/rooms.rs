@@ -610,7 +610,7 @@ async fn partial_room(database: &Database) -> (Fixture, Made, Made) {
         "m.room.member",
         Some("@alice:localhost"),
         content,
-        &[EventId::parse("$new").unwrap()],
+        &[EventId::parse("$unseen").unwrap()],
         std::slice::from_ref(&create_id),
         50,
     );
@@ -645,12 +645,12 @@ pub async fn a_partial_room_becomes_full(database: &Database) {
     };
     assert_eq!(ready.len(), 1);
     assert_eq!((ready[0].nid, ready[0].key), (join.nid, join.key));
-    assert_eq!(ready[0].unknown_prevs, [EventId::parse("$new").unwrap()]);
+    assert_eq!(ready[0].unknown_prevs, [EventId::parse("$unseen").unwrap()]);
     assert!(ready[0].known_prevs.is_empty());
     let Loaded::BackwardExtremities(missing) = fixture.load(Load::BackwardExtremities).await else {
         panic!()
     };
-    assert_eq!(missing, [(EventId::parse("$new").unwrap(), 49)]);
+    assert_eq!(missing, [(EventId::parse("$unseen").unwrap(), 49)]);
     // Not yet: the join is still partial (S-11).
     let mut early = fixture.writes();
     early.partial = PartialChange::Clear;
@@ -1195,13 +1195,13 @@ pub async fn what_is_sent_waits_in_the_outbox(database: &Database) {
 
 pub async fn history_has_positions_below_zero(database: &Database) {
     let mut fixture = Fixture::new(database).await;
-    let new = EventId::parse("$new").unwrap();
+    let unseen = EventId::parse("$unseen").unwrap();
     let one = fixture.draft(
         "@bob:b.org",
         "m.text",
         None,
         json!({"n": 1}),
-        &[new],
+        &[unseen],
         &[],
         1,
     );
