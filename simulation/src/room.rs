@@ -33,6 +33,9 @@ const STEPS_MAX: usize = 400_000;
 const PEACE: Duration = Duration::from_secs(60);
 /// By then all that was sent has arrived, and who is refused was put out of the room for good.
 const DESPAIR: Duration = Duration::from_secs(600);
+/// When a leave that is owed is offered: after the join has failed, or the server has started, and then again.
+const PAY_AFTER: Duration = Duration::from_secs(10);
+const PAY_AGAIN: Duration = Duration::from_secs(60);
 /// In peace every server speaks this often, so that all branches meet.
 const ROUNDS_OF_TALK: usize = 3;
 /// Events that get_missing_events gives at most.
@@ -92,12 +95,16 @@ struct Server {
     receiving: bool,
     resyncing: bool,
     joining: bool,
+    /// Debts by job: when they were taken up, and when a leave was offered last.
+    debts: BTreeMap<i64, (Duration, Duration)>,
     // -- what it does not --
     /// Staged events, with who sent them.
     inbox: VecDeque<(usize, Arc<Pdu>)>,
     outbox: BTreeMap<usize, VecDeque<Arc<Pdu>>>,
     /// Joins by job: whose they are.
     jobs: BTreeMap<i64, UserId>,
+    /// Whether a [`Event::Pay`] is to come.
+    pay_due: bool,
 }
 
 enum Task {
@@ -140,6 +147,10 @@ enum Event {
     },
     /// Take up what is staged.
     Receive {
+        server: usize,
+    },
+    /// Offer the leaves that are owed.
+    Pay {
         server: usize,
     },
     Act,
@@ -273,6 +284,7 @@ impl World {
             Event::Request { to, reply, ask } => self.serve(to, reply, ask),
             Event::Deliver { from, to } => self.deliver(from, to),
             Event::Receive { server } => self.receive(server),
+            Event::Pay { server } => self.pay(server),
             Event::Act => self.act(),
         }
     }
@@ -621,6 +633,7 @@ impl World {
                 };
                 self.note(server, &how);
                 self.later(Duration::from_millis(1), Event::Receive { server });
+                self.pay_later(server, PAY_AFTER);
             }
             (Task::Resync(_), End::Resynced(resynced)) => {
                 self.servers[server].resyncing = false;
@@ -630,9 +643,11 @@ impl World {
                 self.note(server, &format!("not sent: {unsent:?}"));
             }
             (Task::Leave(_), End::Left(left)) => {
-                if let Ok(_left) = left {
-                    self.note(server, "a debt is paid");
+                match left {
+                    Ok(_left) => self.note(server, "a debt is paid"),
+                    Err(refusal) => self.note(server, &format!("a debt is not paid: {refusal}")),
                 }
+                self.pay_later(server, PAY_AGAIN);
             }
             (_, _) => {}
         }
@@ -643,7 +658,7 @@ impl World {
         let joined = self.joined_here(server);
         let here = &mut self.servers[server];
         if let Some(room) = here.store.rooms.get_mut(&self.room) {
-            room.owed.retain(|job| !joined.contains(&here.jobs[job]));
+            room.owed.retain(|job, _| !joined.contains(&here.jobs[job]));
         }
     }
 
@@ -718,6 +733,7 @@ impl World {
         crashed.receiving = false;
         crashed.resyncing = false;
         crashed.joining = false;
+        crashed.debts.clear();
         self.restart(server);
     }
 
@@ -734,7 +750,6 @@ impl World {
         };
         let partial = room.partial.is_some();
         let intents = room.intents.clone();
-        let owed = room.owed.clone();
         for (job, intent) in intents {
             if self.servers[server].joining {
                 continue;
@@ -755,9 +770,7 @@ impl World {
         if partial {
             self.start_resync(server, None);
         }
-        for job in owed {
-            self.pay(server, job);
-        }
+        self.pay_later(server, PAY_AFTER);
         for to in 0..self.servers.len() {
             self.later(
                 Duration::from_millis(10),
@@ -767,25 +780,46 @@ impl World {
         self.later(Duration::from_millis(10), Event::Receive { server });
     }
 
-    /// A leave is owed for a join that failed, unless the user has come in since.
-    fn pay(&mut self, server: usize, job: i64) {
-        let user = self.servers[server].jobs[&job].clone();
-        if self.joined_here(server).contains(&user) {
-            let room = self.servers[server].store.rooms.get_mut(&self.room);
-            room.expect("it owes").owed.remove(&job);
-            return;
+    fn pay_later(&mut self, server: usize, delay: Duration) {
+        if !std::mem::replace(&mut self.servers[server].pay_due, true) {
+            self.later(delay, Event::Pay { server });
         }
-        if self.servers[server].joining || self.servers[server].is_paying() {
-            return;
-        }
+    }
+
+    /// Offers the leave that was not offered for the longest time. Whoever joins or pays comes back here in the end.
+    fn pay(&mut self, server: usize) {
+        self.forgive(server);
         let candidates = self.servers.iter().map(|s| s.own.name.clone()).collect();
+        let now = self.now;
+        let here = &mut self.servers[server];
+        here.pay_due = false;
+        let Some(room) = here.store.room(&self.room) else {
+            return;
+        };
+        if here.joining || here.is_paying() {
+            return;
+        }
+        here.debts.retain(|job, _| room.owed.contains_key(job));
+        for job in room.owed.keys() {
+            here.debts.entry(*job).or_insert((now, now));
+        }
+        let next = here.debts.iter_mut().min_by_key(|(_, debt)| debt.1);
+        let Some((job, (since, offered))) = next else {
+            return;
+        };
+        *offered = now;
         let request = LeaveRequest {
             room: self.room.clone(),
-            user,
+            user: here.jobs[job].clone(),
             reason: None,
-            why: Why::Owed { job, candidates },
+            why: Why::Owed {
+                job: *job,
+                candidates,
+                joins: room.owed[job].clone(),
+                since: *since,
+            },
         };
-        let own = self.servers[server].own.clone();
+        let own = here.own.clone();
         let leave = Leave::new(own, request, self.now());
         self.start(server, Task::Leave(Box::new(leave)));
     }
@@ -1113,6 +1147,9 @@ impl World {
             if !room.intents.is_empty() {
                 return Err(format!("s{n} left a join unfinished"));
             }
+            if !room.owed.is_empty() {
+                return Err(format!("s{n} owes a leave"));
+            }
         }
         in_room.retain(|name| {
             let n = self.number(name);
@@ -1296,9 +1333,11 @@ impl Server {
             receiving: false,
             resyncing: false,
             joining: false,
+            debts: BTreeMap::new(),
             inbox: VecDeque::new(),
             outbox: BTreeMap::new(),
             jobs: BTreeMap::new(),
+            pay_due: false,
         }
     }
 }

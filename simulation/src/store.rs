@@ -14,7 +14,7 @@ use room::effect::{
     StateAt, StoredOutOfBand,
 };
 use room::write::{
-    EventState, FanOut, IntentChange, NewEvent, OutOfBand, PartialChange, Verdict, WriteSet,
+    EventState, FanOut, Former, IntentChange, NewEvent, OutOfBand, PartialChange, Verdict, WriteSet,
 };
 
 #[derive(Clone, Debug)]
@@ -34,7 +34,8 @@ pub struct Room {
     pub current: StateMap,
     pub partial: Option<PartialMarker>,
     pub intents: BTreeMap<i64, Intent>,
-    pub owed: BTreeSet<i64>,
+    /// Leaves that are owed, by job: the joins that were sent.
+    pub owed: BTreeMap<i64, Vec<EventId>>,
     pub out_of_band: BTreeMap<UserId, StoredOutOfBand>,
     last_position: u64,
     /// What a commit broke, for the next check to tell.
@@ -50,6 +51,16 @@ pub struct Intent {
     pub events: Vec<Arc<str>>,
     pub via: ServerName,
     pub omit_members: bool,
+}
+
+impl Intent {
+    fn joins(self) -> Vec<EventId> {
+        let parsed = |json: &Arc<str>| Pdu::parse(json, self.version).expect("it was made here");
+        self.events
+            .iter()
+            .map(|json| parsed(json).event_id)
+            .collect()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -490,16 +501,17 @@ impl Room {
                 self.owed.remove(&job);
             }
             IntentChange::OweLeave { job } => {
-                self.intents.remove(&job);
-                self.owed.insert(job);
+                let sent = self.intents.remove(&job);
+                self.owed
+                    .insert(job, sent.map_or_else(Vec::new, Intent::joins));
             }
         }
     }
 
     fn store_out_of_band(&mut self, stored: OutOfBand) -> Result<(), Stale> {
         let there = self.out_of_band.get(&stored.user);
-        if let Some(former) = stored.instead_of
-            && there.is_none_or(|there| there.nid != former)
+        if let Former::Only(former) = stored.instead_of
+            && there.map(|there| there.nid) != former
         {
             return Err(Stale);
         }

@@ -75,6 +75,12 @@ fn the_state_of_a_room_that_nobody_is_in_was_held_to_verdicts_found_later() {
     check_room(12172);
 }
 
+/// A send_join was held up for longer than the debt of its join was offered.
+#[test]
+fn a_join_that_came_in_after_its_debt_was_settled_left_a_ghost() {
+    check_room(700_995);
+}
+
 #[test]
 fn a_template_of_a_wrong_version_named_the_version_of_the_room_for_good() {
     for seed in [27, 110] {

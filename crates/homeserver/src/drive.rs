@@ -18,6 +18,12 @@ const INPUTS_MAX: usize = 16;
 /// With more PDUs than this in one input the machine runs off the async threads.
 const INLINE_PDUS_MAX: usize = 64;
 
+/// Commits of one run that may be stale one after the other before the next one waits, twice as long each time: a
+/// room changes fast, but a commit that can never succeed must not take the machine for itself.
+const STALE_AT_ONCE_MAX: u32 = 8;
+const STALE_PAUSE_MIN: Duration = Duration::from_millis(5);
+const STALE_PAUSE_MAX: Duration = Duration::from_secs(5);
+
 /// Something to do to a machine from outside, such as a cancel.
 pub type Command<M> = Box<dyn FnOnce(&mut M, Now) + Send>;
 
@@ -63,6 +69,7 @@ where
     let (sender, mut inputs) = mpsc::channel(INPUTS_MAX);
     let mut asks = tokio::task::JoinSet::new();
     let wants_parts = watch::Sender::new(true);
+    let mut stale = 0;
     loop {
         let mut looks = Vec::new();
         while let Some(effect) = machine.poll_effect() {
@@ -70,7 +77,10 @@ where
                 Effect::Load { ticket, room, load } if !matches!(load, Load::Intern { .. }) => {
                     looks.push((ticket, room, load));
                 }
-                effect => execute(hs, effect, job, &sender, &wants_parts, &mut asks),
+                effect => {
+                    let pause = stale_pause(stale);
+                    execute(hs, effect, job, pause, &sender, &wants_parts, &mut asks);
+                }
             }
         }
         if !looks.is_empty() {
@@ -95,6 +105,9 @@ where
             () = woken => Input::Woke,
         };
         while asks.try_join_next().is_some() {}
+        if let Input::Committed { outcome, .. } = &input {
+            stale = outcome.map_or(stale.saturating_add(1), |()| 0);
+        }
         let now = hs.clock().now();
         if weight(&input) <= INLINE_PDUS_MAX {
             machine.handle(input, now);
@@ -162,6 +175,7 @@ fn execute(
     hs: &Homeserver,
     effect: Effect,
     job: Option<i64>,
+    pause: Duration,
     inputs: &mpsc::Sender<Input>,
     wants_parts: &watch::Sender<bool>,
     asks: &mut tokio::task::JoinSet<()>,
@@ -227,11 +241,26 @@ fn execute(
         Effect::Commit { ticket, writes } => {
             let store = hs.clone();
             hs.spawn_to_end("commit", async move {
+                if !pause.is_zero() {
+                    tracing::warn!(room = %writes.room, ?pause, "a commit was stale again and again");
+                    tokio::time::sleep(pause).await;
+                }
                 let outcome = persist(ticket, || store.commit((*writes).clone())).await;
                 let _machine_is_done = inputs.send(Input::Committed { ticket, outcome }).await;
             });
         }
         Effect::Tell(tell) => hs.tell(job, tell),
+    }
+}
+
+/// How long the next commit waits after so many stale ones.
+fn stale_pause(stale: u32) -> Duration {
+    match stale.checked_sub(STALE_AT_ONCE_MAX) {
+        None | Some(0) => Duration::ZERO,
+        Some(beyond) => {
+            let doubled = STALE_PAUSE_MIN * 2u32.saturating_pow(beyond - 1).min(1 << 10);
+            doubled.min(STALE_PAUSE_MAX)
+        }
     }
 }
 
@@ -261,5 +290,20 @@ impl Homeserver {
             Tell::StartResync { room, rest } => self.tasks().start_resync(room, rest),
             Tell::PrefetchKeys { servers } => self.keys().prefetch(servers),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_that_is_stale_again_and_again_waits_longer_and_longer_and_never_for_ever() {
+        let pauses: Vec<Duration> = (0..40).map(stale_pause).collect();
+        let at_once = usize::try_from(STALE_AT_ONCE_MAX).unwrap();
+        assert!(pauses[..=at_once].iter().all(Duration::is_zero));
+        assert_eq!(pauses[at_once + 1], STALE_PAUSE_MIN);
+        assert!(pauses.is_sorted());
+        assert_eq!(stale_pause(u32::MAX), STALE_PAUSE_MAX);
     }
 }

@@ -15,12 +15,13 @@ use room::leave::{Leave, LeaveRequest, Why};
 use room::send::{self, Unsent};
 use serde_json::{Value, json};
 use storage::load;
-use storage::queues::{self, StoredIntent};
+use storage::queues;
 
 use crate::Homeserver;
 use crate::drive::{Run, drive};
 use crate::error::{MatrixError, Result};
 use crate::rooms::{Rooms, content_of, stopping};
+use crate::tasks::Debt;
 
 /// Servers asked for the event at a time; the spec wants no more than a try.
 const TIMESTAMP_SERVERS_MAX: usize = 5;
@@ -76,22 +77,23 @@ impl Rooms<'_> {
     }
 
     /// Offers an owed leave to the servers that may hold our user as a member.
-    pub(crate) async fn pay_debt(&self, debt: &StoredIntent) -> Result<()> {
+    pub(crate) async fn pay_debt(&self, debt: &Debt) -> Result<()> {
         // Not while a join of theirs runs; and who has come in since owes nothing.
         let lock = self.hs.handshakes().lock_of(&debt.room);
         let _no_join_meanwhile = lock.lock_owned().await;
         if self.membership(&debt.room, &debt.user).await?.as_deref() == Some("join") {
             return self.settle(debt.job).await;
         }
-        let mut candidates = vec![debt.via.clone()];
-        candidates.extend(self.servers(&debt.room).await?);
+        let servers = self.servers(&debt.room).await?;
         let request = LeaveRequest {
             room: debt.room.clone(),
             user: debt.user.clone(),
             reason: None,
             why: Why::Owed {
                 job: debt.job,
-                candidates,
+                candidates: [debt.via.as_slice(), &servers].concat(),
+                joins: debt.joins.clone(),
+                since: debt.since,
             },
         };
         let machine = Leave::new(self.hs.own().clone(), request, self.hs.clock().now());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use protocol::id::{RoomId, ServerName};
+use protocol::id::{EventId, RoomId, ServerName, UserId};
 use room::effect::Now;
 use room::join::{Intent, Join, JoinRequest};
 use room::rest::Rest;
@@ -45,6 +45,18 @@ struct Debts {
     paying: AtomicBool,
     /// Set with every new debt: the payer looks again, and soon.
     new: AtomicBool,
+}
+
+/// A leave that is owed for a join that failed after it was sent.
+pub(crate) struct Debt {
+    pub job: i64,
+    pub room: RoomId,
+    pub user: UserId,
+    /// Who heard of the join from us.
+    pub via: Vec<ServerName>,
+    pub joins: Vec<EventId>,
+    /// See [`room::leave::Why::Owed`].
+    pub since: Duration,
 }
 
 /// Rooms that were partial at the start.
@@ -289,6 +301,8 @@ async fn resume_join(hs: &Homeserver, stored: StoredIntent) {
 async fn pay_debts(hs: &Homeserver) {
     let debts = &hs.running().debts;
     let mut pause = DEBT_PAUSE_MIN;
+    // Debts by their jobs, and when this process heard of them first.
+    let mut since: BTreeMap<i64, Duration> = BTreeMap::new();
     loop {
         // Not at once: whoever failed to join often tries again, and a join that succeeds settles the debt.
         tokio::time::sleep(pause).await;
@@ -303,14 +317,15 @@ async fn pay_debts(hs: &Homeserver) {
                 continue;
             }
         };
-        let mut none = true;
-        for debt in intents.into_iter().filter(|intent| intent.owe_leave) {
-            none = false;
+        let owed = debts_of(intents);
+        since.retain(|job, _| owed.contains_key(job));
+        for (job, mut debt) in owed {
+            debt.since = *since.entry(job).or_insert(hs.clock().now().since_start);
             if let Err(error) = hs.rooms().pay_debt(&debt).await {
-                tracing::info!(room = %debt.room, via = %debt.via, %error, "an owed leave was not taken");
+                tracing::info!(room = %debt.room, user = %debt.user, %error, "an owed leave was not taken");
             }
         }
-        if none {
+        if since.is_empty() {
             debts.paying.store(false, Ordering::SeqCst);
             // Whoever came to owe since the look found a payer that was about to go.
             if !debts.new.load(Ordering::SeqCst) || debts.paying.swap(true, Ordering::SeqCst) {
@@ -318,4 +333,22 @@ async fn pay_debts(hs: &Homeserver) {
             }
         }
     }
+}
+
+/// One job may have sent more than one event.
+fn debts_of(intents: Vec<StoredIntent>) -> BTreeMap<i64, Debt> {
+    let mut owed: BTreeMap<i64, Debt> = BTreeMap::new();
+    for intent in intents.into_iter().filter(|intent| intent.owe_leave) {
+        let debt = owed.entry(intent.job).or_insert_with(|| Debt {
+            job: intent.job,
+            room: intent.room,
+            user: intent.user,
+            via: Vec::new(),
+            joins: Vec::new(),
+            since: Duration::ZERO,
+        });
+        debt.via.push(intent.via);
+        debt.joins.push(intent.event_id);
+    }
+    owed
 }

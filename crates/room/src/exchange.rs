@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use protocol::id::{RoomId, ServerName, UserId};
+use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::pdu::Pdu;
 
 use crate::candidates::{self, Failure, Failures, Half};
@@ -38,6 +38,8 @@ pub(crate) struct Exchange {
     room: RoomId,
     user: UserId,
     member: Member,
+    /// When not empty: the event is sent only where one of these is the user's membership.
+    only_after: Vec<EventId>,
     candidates: VecDeque<ServerName>,
     failures: Failures,
     all_refused: bool,
@@ -68,6 +70,7 @@ impl Exchange {
             room,
             user,
             member,
+            only_after: Vec::new(),
             candidates,
             failures: Failures::default(),
             all_refused: true,
@@ -78,6 +81,12 @@ impl Exchange {
             Some(Err(failed)) => Err(failed),
             _ => Ok(this),
         }
+    }
+
+    /// Takes a template for a refusal unless it stands on one of these memberships of the user's.
+    pub fn only_after(mut self, memberships: Vec<EventId>) -> Self {
+        self.only_after = memberships;
+        self
     }
 
     /// Takes an input; `Some` ends the exchange.
@@ -169,8 +178,15 @@ impl Exchange {
             user: &self.user,
             member: &self.member,
         };
-        template::complete(&order, template, version, &self.own, now)
-            .map_err(|reason| Failure::Unreachable { reason })
+        let pdu = template::complete(&order, template, version, &self.own, now)
+            .map_err(|reason| Failure::Unreachable { reason })?;
+        // Every change of a membership is authorised by the one before.
+        let after = |id: &EventId| pdu.auth_events.contains(id);
+        if !self.only_after.is_empty() && !self.only_after.iter().any(after) {
+            let reason = "the user's membership is another one there";
+            return Err(Failure::Final(Refusal::forbidden(reason)));
+        }
+        Ok(pdu)
     }
 
     fn on_sent(

@@ -26,7 +26,7 @@ use crate::send::{self, Draft, Sent, SentEvent, Unsent};
 use crate::template::Own;
 use crate::thinking::{Decide, Decision, Thinking};
 use crate::view::{Placed, View, split_prevs};
-use crate::write::{FanOut, Transaction, Verdict, WriteSet};
+use crate::write::{FanOut, Former, Transaction, Verdict, WriteSet};
 
 const INVITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Entries of `invite_room_state` that are kept.
@@ -503,7 +503,7 @@ impl Decide for StoreInvite {
             ))));
         };
         let shown = self.shown_state.clone();
-        let writes = out_of_band::writes(facts, &self.pdu, &user, &self.via, shown)?;
+        let writes = out_of_band::writes(facts, &self.pdu, &user, &self.via, shown, Former::Any)?;
         Ok(Decision::Commit {
             writes: Box::new(writes),
             outcome: Ok(self.pdu.clone()),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use protocol::build::PduDraft;
 use protocol::id::{EventId, RoomId, ServerName, UserId};
+use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use serde_json::{Map, json};
@@ -19,7 +20,11 @@ use crate::out_of_band;
 use crate::outbox::Outbox;
 use crate::refusal::Refusal;
 use crate::template::{Member, Own};
-use crate::write::{IntentChange, WriteSet};
+use crate::write::{Former, IntentChange, WriteSet};
+
+/// A resident may take a join so long after we have stopped waiting for its answer. Until then its word that the
+/// user is not in the room settles no debt.
+pub const LATE_MAX: Duration = Duration::from_secs(600);
 
 #[derive(Clone, Debug)]
 pub struct LeaveRequest {
@@ -38,6 +43,10 @@ pub enum Why {
     Owed {
         job: i64,
         candidates: Vec<ServerName>,
+        /// What was sent. An invite that stands instead is not refused by this.
+        joins: Vec<EventId>,
+        /// From then on nothing of the join was on its way from here, as [`Now::since_start`].
+        since: Duration,
     },
 }
 
@@ -49,12 +58,21 @@ pub struct Left {
     pub told: bool,
 }
 
+impl Left {
+    fn by(leave: &Pdu, via: Option<&ServerName>) -> Self {
+        Self {
+            event_id: Some(leave.event_id.clone()),
+            told: via.is_some(),
+        }
+    }
+}
+
 pub struct Leave {
     own: Own,
     request: LeaveRequest,
     state: State,
     /// The invite or knock that is being refused or taken back.
-    held: Option<Arc<Pdu>>,
+    held: Option<Held>,
     facts: Facts,
     out: Outbox,
     outcome: Option<Result<Left, Refusal>>,
@@ -63,6 +81,8 @@ pub struct Leave {
 struct Held {
     pdu: Arc<Pdu>,
     candidates: Vec<ServerName>,
+    /// Its number, where it came from outside of the room.
+    out_of_band: Option<EventNid>,
 }
 
 enum State {
@@ -71,7 +91,9 @@ enum State {
     Exchanging(Box<Exchange>),
     /// The event is made; its number is being looked up.
     Numbering(Arc<Pdu>, Option<ServerName>),
-    Storing(Ticket, Left),
+    Storing(Ticket, Arc<Pdu>, Option<ServerName>),
+    /// The debt is being struck out.
+    Settling(Ticket, Left),
     Done,
 }
 
@@ -88,7 +110,9 @@ impl Leave {
         };
         this.state = match this.request.why.clone() {
             Why::NotIn => this.open(now),
-            Why::Owed { candidates, .. } => this.exchange(&candidates, now),
+            Why::Owed {
+                candidates, joins, ..
+            } => this.exchange(&candidates, joins, now),
         };
         this
     }
@@ -100,8 +124,9 @@ impl Leave {
                 State::Opening
             }
             Ok(Some(held)) => {
-                self.held = Some(held.pdu);
-                self.exchange(&held.candidates, now)
+                let candidates = held.candidates.clone();
+                self.held = Some(held);
+                self.exchange(&candidates, Vec::new(), now)
             }
             Ok(None) => self.done(Err(Refusal::forbidden(
                 "the user is not invited to the room",
@@ -118,6 +143,7 @@ impl Leave {
             return Ok(waits(&stored.membership).then(|| Held {
                 pdu: stored.pdu.clone(),
                 candidates: vec![stored.via.clone(), sender],
+                out_of_band: Some(stored.nid),
             }));
         }
         let (head, hosts) = both(self.facts.head(), self.facts.hosts())?;
@@ -132,10 +158,11 @@ impl Leave {
         Ok(stood.map(|pdu| Held {
             candidates: [vec![pdu.sender.server_name()], hosts].concat(),
             pdu,
+            out_of_band: None,
         }))
     }
 
-    fn exchange(&mut self, candidates: &[ServerName], now: Now) -> State {
+    fn exchange(&mut self, candidates: &[ServerName], after: Vec<EventId>, now: Now) -> State {
         let member = Member {
             reason: self.request.reason.clone(),
             ..Member::default()
@@ -144,7 +171,7 @@ impl Leave {
         let own = self.own.clone();
         let what = Handshake::Leave;
         match Exchange::new(own, what, whose, member, candidates, &mut self.out) {
-            Ok(exchange) => State::Exchanging(Box::new(exchange)),
+            Ok(exchange) => State::Exchanging(Box::new(exchange.only_after(after))),
             Err(failed) => self.on_failed(failed, now),
         }
     }
@@ -164,8 +191,12 @@ impl Leave {
 
     fn on_failed(&mut self, failed: Failed, now: Now) -> State {
         match self.request.why {
-            // All say that we are not there, so there is nothing to leave.
-            Why::Owed { job, .. } if failed.all_refused => self.settle(job, RoomVersion::V1, None),
+            // All say that we are not there, and nothing can come in any more: there is nothing to leave.
+            Why::Owed { job, since, .. }
+                if failed.all_refused && now.since_start >= since + LATE_MAX =>
+            {
+                self.settle(job, RoomVersion::V1, None)
+            }
             Why::Owed { .. } => self.done(Err(failed.refusal)),
             Why::NotIn => match self.local_leave(now) {
                 Ok(pdu) => self.number(Arc::new(pdu), None),
@@ -178,12 +209,12 @@ impl Leave {
         let mut writes = WriteSet::new(self.request.room.clone(), version);
         writes.intent = Some(IntentChange::Forget { job });
         let told = event_id.is_some();
-        State::Storing(self.out.commit(writes), Left { event_id, told })
+        State::Settling(self.out.commit(writes), Left { event_id, told })
     }
 
     /// A leave that is never sent: it only ends the matter for our user.
     fn local_leave(&self, now: Now) -> Result<Pdu, Refusal> {
-        let held = self.held.as_ref();
+        let held = self.held.as_ref().map(|held| &held.pdu);
         let invite = held.ok_or_else(|| Refusal::forbidden("the user is not invited"))?;
         let mut content = json!({ "membership": "leave" });
         if let Some(reason) = &self.request.reason {
@@ -208,21 +239,27 @@ impl Leave {
     }
 
     fn number(&mut self, pdu: Arc<Pdu>, via: Option<ServerName>) -> State {
-        let server = via.clone().unwrap_or_else(|| self.own.name.clone());
-        let user = &self.request.user;
-        match out_of_band::writes(&self.facts, &pdu, user, &server, Vec::new()) {
+        match self.writes(&pdu, via.as_ref()) {
             Err(lacking) => {
                 self.facts.request(lacking, &mut self.out);
                 State::Numbering(pdu, via)
             }
-            Ok(writes) => {
-                let left = Left {
-                    event_id: Some(pdu.event_id.clone()),
-                    told: via.is_some(),
-                };
-                State::Storing(self.out.commit(writes), left)
-            }
+            Ok(Some(writes)) => State::Storing(self.out.commit(writes), pdu, via),
+            Ok(None) => self.done(Ok(Left::by(&pdu, via.as_ref()))),
         }
+    }
+
+    /// `None` when another invite came meanwhile: that one was not refused.
+    fn writes(&self, pdu: &Arc<Pdu>, via: Option<&ServerName>) -> Got<Option<WriteSet>> {
+        let user = &self.request.user;
+        let there = self.facts.out_of_band(user)?.map(|stored| stored.nid);
+        let former = self.held.as_ref().and_then(|held| held.out_of_band);
+        if there != former {
+            return Ok(None);
+        }
+        let via = via.unwrap_or(&self.own.name);
+        let former = Former::Only(former);
+        out_of_band::writes(&self.facts, pdu, user, via, Vec::new(), former).map(Some)
     }
 
     fn done(&mut self, outcome: Result<Left, Refusal>) -> State {
@@ -254,7 +291,16 @@ impl Machine for Leave {
                     false => State::Numbering(pdu, via),
                 }
             }
-            (State::Storing(t, left), Input::Committed { ticket, .. }) if t == ticket => {
+            (State::Storing(t, pdu, via), Input::Committed { ticket, outcome }) if t == ticket => {
+                match outcome {
+                    Ok(()) => self.done(Ok(Left::by(&pdu, via.as_ref()))),
+                    Err(_) => {
+                        self.facts.forget();
+                        self.number(pdu, via)
+                    }
+                }
+            }
+            (State::Settling(t, left), Input::Committed { ticket, .. }) if t == ticket => {
                 self.done(Ok(left))
             }
             (state, _late_or_double) => state,

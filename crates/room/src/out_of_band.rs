@@ -7,7 +7,7 @@ use protocol::pdu::Pdu;
 
 use crate::effect::{Place, StateKey};
 use crate::facts::{Facts, Got};
-use crate::write::{FanOut, NewEvent, OutOfBand, Verdict, WriteSet};
+use crate::write::{FanOut, Former, NewEvent, OutOfBand, Verdict, WriteSet};
 
 /// The write set that stores `pdu` as an outlier and makes it this user's membership.
 pub(crate) fn writes(
@@ -16,6 +16,7 @@ pub(crate) fn writes(
     user: &UserId,
     via: &ServerName,
     stripped_state: Vec<Arc<str>>,
+    instead_of: Former,
 ) -> Got<WriteSet> {
     let key: StateKey = ("m.room.member".into(), user.as_str().into());
     facts.number(pdu.version, [pdu.event_id.clone()], [key])?;
@@ -40,7 +41,7 @@ pub(crate) fn writes(
         user: user.clone(),
         membership: membership.into(),
         event: nid,
-        instead_of: None,
+        instead_of,
         stripped_state,
         via: via.clone(),
     }];

@@ -23,7 +23,7 @@ use crate::policy;
 use crate::sift;
 use crate::template::Own;
 use crate::view::{Placed, View, split_prevs};
-use crate::write::{FanOut, Verdict, WriteSet};
+use crate::write::{FanOut, Former, Verdict, WriteSet};
 
 mod gap;
 
@@ -596,11 +596,9 @@ impl Judging {
             return Ok(Judgement::End(Received::Dropped));
         }
         let shown = stored.stripped_state.clone();
-        let mut writes = out_of_band::writes(&self.facts, &pdu, &target, origin, shown)?;
         // Who is refused may knock again before we hear of the refusal.
-        for membership in &mut writes.out_of_band {
-            membership.instead_of = Some(stored.nid);
-        }
+        let former = Former::Only(Some(stored.nid));
+        let writes = out_of_band::writes(&self.facts, &pdu, &target, origin, shown, former)?;
         Ok(Judgement::Commit(Box::new(writes), Received::OutOfBand))
     }
 }

@@ -150,6 +150,15 @@ pub enum IntentChange {
     OweLeave { job: i64 },
 }
 
+/// What a membership takes the place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Former {
+    /// Whatever is there gives way.
+    Any,
+    /// The membership that this event made, or none: when it is another one meanwhile, the write set is stale.
+    Only(Option<EventNid>),
+}
+
 /// A membership of one of our users in a room we are not in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OutOfBand {
@@ -157,9 +166,7 @@ pub struct OutOfBand {
     /// `invite`, `knock` or `leave`.
     pub membership: Arc<str>,
     pub event: EventNid,
-    /// The event that this was made for: when another one says what the user is meanwhile, the write set is stale.
-    /// `None`: whatever is there gives way.
-    pub instead_of: Option<EventNid>,
+    pub instead_of: Former,
     /// `invite_room_state` or `knock_room_state`, entries as they stood.
     pub stripped_state: Vec<Arc<str>>,
     /// The server the invite came from or the knock went through.

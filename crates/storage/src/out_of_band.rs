@@ -5,7 +5,7 @@ use std::sync::Arc;
 use protocol::id::{RoomId, ServerName, UserId};
 use protocol::nid::{EventNid, RoomNid};
 
-use room::write::OutOfBand;
+use room::write::{Former, OutOfBand};
 
 use crate::driver::{Conn, Error, Result, Row};
 use crate::streams::{self, Stream};
@@ -67,8 +67,8 @@ const REMOVE: &str = "DELETE FROM out_of_band WHERE room_nid = $1 AND user_id = 
 /// Stores a membership in place of an earlier one, which must be the one that it was made for; its position in the
 /// memberships stream.
 pub(crate) fn put(c: &mut dyn Conn, room: RoomNid, new: &OutOfBand) -> Result<i64> {
-    if let Some(former) = new.instead_of
-        && get(c, room, &new.user)?.is_none_or(|there| there.event != former)
+    if let Former::Only(former) = new.instead_of
+        && get(c, room, &new.user)?.map(|there| there.event) != former
     {
         return Err(Error::Stale);
     }

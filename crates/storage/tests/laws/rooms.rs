@@ -13,8 +13,8 @@ use protocol::state::StateMap;
 use protocol::state_resolution::in_question;
 use room::effect::{Extremity, Head, Load, Loaded, PartialMarker, Place, Stale};
 use room::write::{
-    EventState, FanOut, IntentChange, NewEvent, OutOfBand, PartialChange, Rejudged, Transaction,
-    Verdict, WriteSet,
+    EventState, FanOut, Former, IntentChange, NewEvent, OutOfBand, PartialChange, Rejudged,
+    Transaction, Verdict, WriteSet,
 };
 use serde_json::{Value, json};
 use storage::apply::{Applied, apply};
@@ -1101,7 +1101,7 @@ pub async fn an_out_of_band_membership_ends_with_a_real_one(database: &Database)
         user: user(alice),
         membership: "invite".into(),
         event: invite.nid,
-        instead_of: None,
+        instead_of: Former::Only(None),
         stripped_state: vec!["{\"type\":\"m.room.name\"}".into(), "not json".into()],
         via: server("b.org"),
     });
@@ -1132,14 +1132,18 @@ pub async fn an_out_of_band_membership_ends_with_a_real_one(database: &Database)
         10,
     );
     let refusal = fixture.intern(&[refusal]).await.remove(0);
-    for (former, outcome) in [(refusal.nid, Err(Stale)), (invite.nid, Ok(()))] {
+    for (former, outcome) in [
+        (Some(refusal.nid), Err(Stale)),
+        (None, Err(Stale)),
+        (Some(invite.nid), Ok(())),
+    ] {
         let mut writes = WriteSet::new(fixture.room.clone(), VERSION);
         writes.events.push(outlier(&refusal));
         writes.out_of_band.push(OutOfBand {
             user: user(alice),
             membership: "leave".into(),
             event: refusal.nid,
-            instead_of: Some(former),
+            instead_of: Former::Only(former),
             stripped_state: Vec::new(),
             via: server("b.org"),
         });
