@@ -9,6 +9,7 @@ use protocol::id::{RoomId, ServerName, UserId};
 use protocol::nid::EventNid;
 use protocol::pdu::Pdu;
 pub use room::effect::Handshake;
+use room::effect::StateKey;
 use room::receive::{Incoming, Receive};
 use room::resident::{Accept, AcceptRequest, Accepted, Make, MakeRequest, SHOWN_STATE, Unserved};
 use room::restricted::AllowedRooms;
@@ -181,14 +182,14 @@ impl Homeserver {
                         .into_iter()
                         .filter_map(|key| before.get(key))
                         .collect();
-                    let own = states::key(c, room.nid, "m.room.member", join.sender.as_str())?;
-                    state.extend(own.and_then(|key| before.get(key)));
-                    let mut named = false;
-                    for kind in ["m.room.name", "m.room.canonical_alias"] {
-                        let key = states::key(c, room.nid, kind, "")?;
-                        named |= key.and_then(|key| before.get(key)).is_some();
-                    }
-                    if !named {
+                    let own: StateKey = ("m.room.member".into(), join.sender.as_str().into());
+                    let names = ["m.room.name", "m.room.canonical_alias"];
+                    let names = names.map(|kind| (kind.into(), "".into()));
+                    let wanted = [std::slice::from_ref(&own), &names].concat();
+                    let keys = states::keys(c, room.nid, &wanted)?;
+                    let stands = |name| keys.get(name).and_then(|key| before.get(*key));
+                    state.extend(stands(&own));
+                    if !names.iter().any(|name| stands(name).is_some()) {
                         let user = &join.sender;
                         state.extend(reads::heroes(c, room.nid, &before, user, HEROES_MAX)?);
                     }

@@ -7,7 +7,7 @@ use protocol::id::{EventId, RoomId, ServerName, UserId};
 use protocol::nid::{EventNid, KeyNid, RoomNid};
 use protocol::pdu::Pdu;
 use protocol::state::StateMap;
-use room::effect::Place;
+use room::effect::{Place, StateKey};
 
 use crate::driver::{Conn, Result};
 use crate::events::{self, Standing};
@@ -301,13 +301,18 @@ pub fn heroes(
         let found = c.query_all(sql, &[&room, without, &asked], |row| {
             Ok((row.shared(0)?, row.event_nid(1)?))
         })?;
-        let mut heroes = Vec::new();
-        for (user, event) in found {
-            let key = states::key(c, room, "m.room.member", &user)?;
-            if key.and_then(|key| state.get(key)) == Some(event) {
-                heroes.push(event);
-            }
-        }
+        let names: Vec<StateKey> = found
+            .iter()
+            .map(|(user, _)| ("m.room.member".into(), Arc::clone(user)))
+            .collect();
+        let keys = states::keys(c, room, &names)?;
+        let stands = |name| keys.get(name).and_then(|key| state.get(*key));
+        let mut heroes: Vec<EventNid> = found
+            .iter()
+            .zip(&names)
+            .filter(|((_, event), name)| stands(name) == Some(*event))
+            .map(|((_, event), _)| *event)
+            .collect();
         if !heroes.is_empty() {
             heroes.truncate(limit);
             return Ok(heroes);

@@ -39,9 +39,20 @@ pub async fn load(store: &Store, room: &RoomId, load: Load) -> Result<Loaded> {
 pub async fn load_all(store: &Store, questions: Vec<(RoomId, Load)>) -> Result<Vec<Loaded>> {
     let own = store.server_name().clone();
     let look = move |c: &mut dyn Conn| {
-        let questions = questions.iter();
-        let answers = questions.map(|(room, load)| answer(c, room, load, &own));
-        answers.collect()
+        let mut rows: BTreeMap<&RoomId, Option<RoomRow>> = BTreeMap::new();
+        let mut answers = Vec::with_capacity(questions.len());
+        for (room, load) in &questions {
+            let row = match rows.get(room) {
+                Some(row) => row.clone(),
+                None => {
+                    let row = rooms::by_id(c, room)?;
+                    rows.insert(room, row.clone());
+                    row
+                }
+            };
+            answers.push(answer_in(c, row, load, &own)?);
+        }
+        Ok(answers)
     };
     store.read(look).await
 }
@@ -49,6 +60,15 @@ pub async fn load_all(store: &Store, questions: Vec<(RoomId, Load)>) -> Result<V
 /// Answers one question on this snapshot.
 pub fn answer(c: &mut dyn Conn, room: &RoomId, load: &Load, own: &ServerName) -> Result<Loaded> {
     let row = rooms::by_id(c, room)?;
+    answer_in(c, row, load, own)
+}
+
+fn answer_in(
+    c: &mut dyn Conn,
+    row: Option<RoomRow>,
+    load: &Load,
+    own: &ServerName,
+) -> Result<Loaded> {
     let Some(row) = row else {
         return Ok(nothing(load));
     };
@@ -123,15 +143,20 @@ fn head(c: &mut dyn Conn, row: RoomRow) -> Result<Loaded> {
     if row.revision == 0 {
         return Ok(Loaded::Head(None));
     }
+    let rows = rooms::head(c, row.nid)?;
+    let partial = match rows.is_partial {
+        true => rooms::partial_marker(c, row.nid)?,
+        false => None,
+    };
     Ok(Loaded::Head(Some(Box::new(Head {
         version: row.version,
         revision: row.revision,
-        partial: rooms::partial_marker(c, row.nid)?,
-        forward_extremities: rooms::forward_extremities(c, row.nid)?,
+        partial,
+        forward_extremities: rows.forward_extremities,
         state: states::map(c, row.state_root)?,
-        local_joined: rooms::local_joined(c, row.nid)?,
+        local_joined: rows.local_joined,
         min_depth: row.min_depth.unwrap_or(0),
-        handshake_running: rooms::handshake_running(c, row.nid)?,
+        handshake_running: rows.handshake_running,
     }))))
 }
 

@@ -62,19 +62,42 @@ pub fn count(c: &mut dyn Conn) -> Result<i64> {
     c.query_one(COUNT, &[], |row| row.int(0))
 }
 
-const EXTREMITIES: &str = "SELECT e.nid, i.event_id, e.depth, e.partial
+/// What a head has beside its room's row and its state. One statement, since on PostgreSQL each is a way to another
+/// process and back.
+const HEAD: &str = "SELECT CAST(0 AS BIGINT), e.nid, e.depth, e.partial, i.event_id
     FROM forward_extremities f JOIN events e ON e.nid = f.event_nid JOIN event_ids i ON i.nid = e.nid
-    WHERE f.room_nid = $1 ORDER BY e.nid";
+    WHERE f.room_nid = $1
+    UNION ALL SELECT 1, 0, 0, 0, user_id FROM memberships
+    WHERE room_nid = $1 AND local = 1 AND membership = 'join'
+    UNION ALL SELECT 2, 0, 0, 0, '' FROM partial_rooms WHERE room_nid = $1
+    UNION ALL SELECT 3, 0, 0, 0, '' FROM intents WHERE room_nid = $1 AND owe_leave = 0
+    ORDER BY 1, 2, 5";
 
-pub fn forward_extremities(c: &mut dyn Conn, room: RoomNid) -> Result<Vec<Extremity>> {
-    c.query_all(EXTREMITIES, &[&room], |row| {
-        Ok(Extremity {
-            nid: row.event_nid(0)?,
-            event_id: row.id(1)?,
-            depth: row.int(2)?,
-            partial: row.flag(3)?,
-        })
-    })
+#[derive(Default)]
+pub(crate) struct HeadRows {
+    pub forward_extremities: Vec<Extremity>,
+    pub local_joined: Vec<UserId>,
+    pub is_partial: bool,
+    pub handshake_running: bool,
+}
+
+pub(crate) fn head(c: &mut dyn Conn, room: RoomNid) -> Result<HeadRows> {
+    let mut head = HeadRows::default();
+    c.query(HEAD, &[&room], &mut |row| {
+        match row.int(0)? {
+            0 => head.forward_extremities.push(Extremity {
+                nid: row.event_nid(1)?,
+                event_id: row.id(4)?,
+                depth: row.int(2)?,
+                partial: row.flag(3)?,
+            }),
+            1 => head.local_joined.push(row.id(4)?),
+            2 => head.is_partial = true,
+            _ => head.handshake_running = true,
+        }
+        Ok(())
+    })?;
+    Ok(head)
 }
 
 const BACKWARD: &str = "SELECT i.event_id, b.depth FROM backward_extremities b

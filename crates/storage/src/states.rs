@@ -229,7 +229,8 @@ const KEYS: &str = "SELECT state_key, key_nid FROM state_keys WHERE room_nid = $
 
 /// The number of a state key, if this room has ever used it.
 pub fn key(c: &mut dyn Conn, room: RoomNid, kind: &str, state_key: &str) -> Result<Option<KeyNid>> {
-    c.query_opt(KEY, &[&room, &kind, &state_key], |row| row.key_nid(0))
+    let found = keys(c, room, &[(kind.into(), state_key.into())])?;
+    Ok(found.into_values().next())
 }
 
 /// The numbers of state keys, those that this room has ever used.
@@ -264,7 +265,8 @@ pub fn keys(
         };
         if state_keys.len() <= KEYS_ONE_BY_ONE {
             for state_key in state_keys {
-                if let Some(number) = key(c, room, kind, state_key)? {
+                let number = c.query_opt(KEY, &[&room, kind, state_key], |row| row.key_nid(0))?;
+                if let Some(number) = number {
                     keep(Arc::clone(state_key), number);
                 }
             }
