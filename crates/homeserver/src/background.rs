@@ -1,6 +1,7 @@
 //! Work that outlives its request, and how it ends with the server.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::JoinHandle;
@@ -8,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::Homeserver;
+
+type Work<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// All background work of a server.
 #[derive(Default)]
@@ -109,11 +112,7 @@ impl Homeserver {
     where
         F: Future<Output: Send> + Send + 'static,
     {
-        let counted = Counted::new(self, kind);
-        self.background().tracker.spawn(async move {
-            let _counted = counted;
-            work.await
-        })
+        self.spawn(kind, Box::pin(work))
     }
 
     /// Work that a stop cuts off: the next start takes it up, or nobody misses it. `None` when that happened.
@@ -126,13 +125,26 @@ impl Homeserver {
         F: Future<Output: Send> + Send + 'static,
     {
         let stop = self.stopping();
-        self.spawn_to_end(kind, async move {
-            tokio::select! {
-                // Here and in all of this crate: which of two goes first is never chance.
-                biased;
-                done = work => Some(done),
-                () = stop.cancelled() => None,
-            }
+        let work: Work<F::Output> = Box::pin(work);
+        self.spawn(
+            kind,
+            Box::pin(async move {
+                tokio::select! {
+                    // Here and in all of this crate: which of two goes first is never chance.
+                    biased;
+                    done = work => Some(done),
+                    () = stop.cancelled() => None,
+                }
+            }),
+        )
+    }
+
+    /// The work is in a box: each future around it would hold it twice, once as it came and once as it runs.
+    fn spawn<T: Send + 'static>(&self, kind: &'static str, work: Work<T>) -> JoinHandle<T> {
+        let counted = Counted::new(self, kind);
+        self.background().tracker.spawn(async move {
+            let _counted = counted;
+            work.await
         })
     }
 
