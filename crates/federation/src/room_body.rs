@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 /// A window is handed on when it has this many events, which is one batch of signatures: the larger it is, the
 /// fewer terms of the batch are keys…
-pub const WINDOW_EVENTS: usize = 4096;
+pub const WINDOW_EVENTS: usize = 3072;
 /// …or this many bytes, whichever comes first.
 pub const WINDOW_BYTES: usize = 4 << 20;
 /// Synapse's cap too; Matrix HQ in 2022 was some 200 MB (J-49).

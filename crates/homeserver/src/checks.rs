@@ -12,7 +12,7 @@ use room::effect::{BadPdu, Fault, RawPdu};
 use crate::Homeserver;
 
 /// PDUs of one verification batch; larger ones gain nothing more (they are the window of a body, too).
-const BATCH_MAX: usize = 4096;
+const BATCH_MAX: usize = 3072;
 /// Events whose keys do not come by then are left out; the fetch goes on for the next time.
 const KEYS_DEADLINE: Duration = Duration::from_secs(15);
 
@@ -37,17 +37,8 @@ async fn check_batch(
     version: RoomVersion,
     pdus: Vec<RawPdu>,
 ) -> Vec<Result<Arc<Pdu>, BadPdu>> {
-    let parsed = on_cpu(hs, move || {
-        pdus.into_iter()
-            .map(|raw| parse(&raw, version))
-            .collect::<Vec<_>>()
-    })
-    .await;
-    let mut wanted: Vec<_> = parsed
-        .iter()
-        .flatten()
-        .flat_map(|(pdu, _)| needed(pdu))
-        .collect();
+    let parsed = on_cpu(hs, move || Parsed::of(pdus, version)).await;
+    let mut wanted: Vec<_> = parsed.pdus().flat_map(needed).collect();
     wanted.sort_unstable();
     // A key that is good for the latest event that it signed is good for those before.
     wanted.dedup_by(|later, kept| {
@@ -62,13 +53,10 @@ async fn check_batch(
     let unvouched = keys.is_unvouched();
     let entropy: [u8; 32] = rand::random();
     on_cpu(hs, move || {
-        let good: Vec<(&Pdu, &str)> = parsed
-            .iter()
-            .flatten()
-            .map(|(pdu, signed)| (pdu.as_ref(), signed.as_str()))
-            .collect();
+        let good: Vec<(&Pdu, &str)> = parsed.pdus().zip(parsed.signed()).collect();
         let mut verdicts = signature::verify_pdus(&good, &keys, entropy, mode).into_iter();
         parsed
+            .all
             .into_iter()
             .map(|pdu| {
                 let (pdu, _) = pdu?;
@@ -90,16 +78,39 @@ async fn check_batch(
     .await
 }
 
-/// The PDU, and the bytes that its signatures are made over.
-fn parse(raw: &str, version: RoomVersion) -> Result<(Arc<Pdu>, String), BadPdu> {
-    let parsed = Pdu::parse_with_signed(raw, version);
-    parsed
-        .map(|(pdu, signed)| (Arc::new(pdu), signed))
-        .map_err(|error| BadPdu {
-            event_id: None,
-            reason: error.to_string(),
-            fault: Fault::Form,
-        })
+/// PDUs of the right form, and the bytes that their signatures are made over, all in one text.
+struct Parsed {
+    /// With where these bytes end.
+    all: Vec<Result<(Arc<Pdu>, usize), BadPdu>>,
+    signed: String,
+}
+
+impl Parsed {
+    fn of(pdus: Vec<RawPdu>, version: RoomVersion) -> Self {
+        let mut signed = String::with_capacity(pdus.iter().map(|raw| raw.len()).sum());
+        let parse = |raw: RawPdu| {
+            let pdu = Pdu::parse_with_signed(&raw, version, &mut signed);
+            pdu.map(|pdu| (Arc::new(pdu), signed.len()))
+                .map_err(|error| BadPdu {
+                    event_id: None,
+                    reason: error.to_string(),
+                    fault: Fault::Form,
+                })
+        };
+        let all = pdus.into_iter().map(parse).collect();
+        Self { all, signed }
+    }
+
+    fn pdus(&self) -> impl Iterator<Item = &Pdu> {
+        self.all.iter().flatten().map(|(pdu, _)| pdu.as_ref())
+    }
+
+    /// In the same order.
+    fn signed(&self) -> impl Iterator<Item = &str> {
+        let mut from = 0;
+        let ends = self.all.iter().flatten().map(|(_, end)| *end);
+        ends.map(move |end| &self.signed[std::mem::replace(&mut from, end)..end])
+    }
 }
 
 fn needed(pdu: &Pdu) -> Vec<Wanted> {

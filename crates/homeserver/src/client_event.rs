@@ -117,7 +117,7 @@ pub fn without_room_id(pdu: &Pdu, unsigned: &Unsigned) -> Map<String, Value> {
         event.insert("state_key".to_owned(), Value::from(state_key.as_ref()));
     }
     // Clients of either age find `redacts` where they look for it.
-    let redacts = pdu.redacts.as_ref().filter(|_| redacted.is_none());
+    let redacts = pdu.redacts.as_deref().filter(|_| redacted.is_none());
     let mut content = content;
     if let (Some(target), Some(content)) = (redacts, content.as_object_mut()) {
         let target = Value::from(target.as_str());

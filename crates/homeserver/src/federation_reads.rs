@@ -448,7 +448,7 @@ fn redacted_among<'p>(
     let ids: Vec<EventId> = by_id.keys().map(|id| (*id).clone()).collect();
     let mut redacted = BTreeSet::new();
     for redaction in timeline::redactions_of(c, room, &ids)? {
-        let target = redaction.pdu.redacts.as_ref().and_then(|t| by_id.get(t));
+        let target = redaction.pdu.redacts.as_deref().and_then(|t| by_id.get(t));
         let Some((nid, target)) = target else {
             continue;
         };

@@ -350,7 +350,7 @@ impl<'c> RoomView<'c> {
         let ids: Vec<EventId> = senders.keys().cloned().collect();
         let mut found = BTreeMap::new();
         for redaction in timeline::redactions_of(self.c, self.room.nid, &ids)? {
-            let Some(target) = redaction.pdu.redacts.clone() else {
+            let Some(target) = redaction.pdu.redacts.as_deref().cloned() else {
                 continue;
             };
             let Some(redacted) = senders.get(&target) else {

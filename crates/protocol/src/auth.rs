@@ -213,7 +213,7 @@ fn check_redaction(pdu: &Pdu, power: &PowerLevels, level: Level) -> Result<(), R
         return Ok(());
     }
     let domain = |id: &EventId| id.as_str().split_once(':').map(|(_, d)| d.to_owned());
-    let theirs = pdu.redacts.as_ref().and_then(domain);
+    let theirs = pdu.redacts.as_deref().and_then(domain);
     if theirs.is_some() && theirs == domain(&pdu.event_id) {
         return Ok(());
     }

@@ -9,7 +9,7 @@ use crate::format;
 use crate::hash::{self, BASE64, BASE64_URL};
 use crate::id::{EventId, RoomId, ServerName, UserId};
 use crate::pdu::{Pdu, PduError};
-use crate::redaction::write_redacted;
+use crate::redaction::redacted;
 use crate::room_version::{RoomVersion, Rules};
 use crate::signature::SigningKey;
 
@@ -188,7 +188,7 @@ fn add_signature(
         .get("type")
         .and_then(Value::as_str)
         .ok_or(PduError::Format("type"))?;
-    let signed = write_redacted(
+    let signed = redacted(
         &hash::object(&event, version)?,
         kind,
         version.rules(),

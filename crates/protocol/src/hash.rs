@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::canonical_json::{JsonError, Member, Object};
 use crate::id::{EventId, RoomId};
-use crate::redaction::write_redacted;
+use crate::redaction::redacted;
 use crate::room_version::{EventIdFormat, RoomVersion};
 
 /// Writes without padding; reads with or without, and does not mind stray bits at the end, which old
@@ -39,7 +39,7 @@ pub fn reference_hash(
     version: RoomVersion,
 ) -> Result<[u8; 32], JsonError> {
     let kind = event.get("type").and_then(Value::as_str).unwrap_or("");
-    let signed = write_redacted(&object(event, version)?, kind, version.rules(), false);
+    let signed = redacted(&object(event, version)?, kind, version.rules(), false);
     Ok(of_signed(&signed))
 }
 

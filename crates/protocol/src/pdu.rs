@@ -13,7 +13,7 @@ use crate::canonical_json::{self, JsonError, Object};
 use crate::format;
 use crate::hash;
 use crate::id::{EventId, RoomId, ServerName, UserId};
-use crate::redaction::write_redacted;
+use crate::redaction::{self, write_redacted};
 use crate::room_version::RoomVersion;
 
 /// Canonical JSON with signatures, without `unsigned` (V-20).
@@ -47,8 +47,9 @@ pub struct Pdu {
     pub depth: i64,
     pub prev_events: Vec<EventId>,
     pub auth_events: Vec<EventId>,
-    /// The event a redaction names: top level before version 11, in `content` from then on.
-    pub redacts: Option<EventId>,
+    /// The event a redaction names: top level before version 11, in `content` from then on. In a box, since hardly
+    /// any of the tens of thousands of events in memory has one.
+    pub redacts: Option<Box<EventId>>,
     /// The federation form, canonical JSON with `hashes` and `signatures`, without `unsigned`:
     /// ready to be stored and sent. Redacted when the content hash was wrong.
     pub json: Arc<str>,
@@ -116,11 +117,29 @@ impl Pdu {
     /// Checks format, limits and content hash (checks 1 and 3). An event with a wrong content hash comes
     /// back in its redacted form. How many events it refers to is `format::check_limits`'s matter.
     pub fn parse(raw: &str, version: RoomVersion) -> Result<Self, PduError> {
-        Self::parse_with_signed(raw, version).map(|(pdu, _)| pdu)
+        Self::parse_with_signed(raw, version, &mut String::new())
     }
 
-    /// As [`Pdu::parse`], with the bytes that the signatures are of, which it had to make anyway.
-    pub fn parse_with_signed(raw: &str, version: RoomVersion) -> Result<(Self, String), PduError> {
+    /// As [`Pdu::parse`]. Puts the bytes that the signatures are of, which it has to make anyway, at the end of
+    /// `signed`; with an error nothing.
+    pub fn parse_with_signed(
+        raw: &str,
+        version: RoomVersion,
+        signed: &mut String,
+    ) -> Result<Self, PduError> {
+        let before = signed.len();
+        let parsed = Self::parse_and_write(raw, version, signed);
+        if parsed.is_err() {
+            signed.truncate(before);
+        }
+        parsed
+    }
+
+    fn parse_and_write(
+        raw: &str,
+        version: RoomVersion,
+        signed: &mut String,
+    ) -> Result<Self, PduError> {
         let rules = version.rules();
         let mut event = Object::parse(raw, rules.strict_json)?;
         event.remove("unsigned");
@@ -129,17 +148,18 @@ impl Pdu {
         }
         let kind = format::string(&event, "type")?.into_owned();
         format::object(&event, "content")?;
-        let signed = write_redacted(&event, &kind, rules, false);
-        let event_id = match hash::id_of(hash::of_signed(&signed), version) {
+        let before = signed.len();
+        signed.reserve(event.text.len());
+        write_redacted(signed, &event, &kind, rules, false);
+        let event_id = match hash::id_of(hash::of_signed(&signed[before..]), version) {
             Some(event_id) => event_id,
             None => format::event_id(&event)?,
         };
         let redacted = !content_hash_is_right(&event);
         if redacted {
-            event = Object::index(write_redacted(&event, &kind, rules, true));
+            event = Object::index(redaction::redacted(&event, &kind, rules, true));
         }
-        let pdu = extract(event, version, event_id, kind, redacted)?;
-        Ok((pdu, signed))
+        extract(event, version, event_id, kind, redacted)
     }
 
     /// Reads back what [`Pdu::parse`] made: canonical already, so that nothing need be sorted, hashed or
@@ -264,7 +284,7 @@ impl Pdu {
     /// What is signed: the redacted event without `signatures`, canonical.
     pub fn signing_bytes(&self) -> String {
         let event = Object::index(self.json.as_ref().to_owned());
-        write_redacted(&event, &self.kind, self.version.rules(), false)
+        redaction::redacted(&event, &self.kind, self.version.rules(), false)
     }
 
     /// The hash that others put beside the id when they refer to this event (versions 1 and 2).
@@ -347,7 +367,7 @@ fn extract(
         depth: format::depth(&event, rules)?,
         prev_events: format::references(&event, "prev_events", rules)?,
         auth_events: format::references(&event, "auth_events", rules)?,
-        redacts,
+        redacts: redacts.map(Box::new),
         redacted,
         oversized_field,
         event_id,

@@ -51,32 +51,39 @@ pub fn redact_content(
 
 /// The canonical redacted event, with or without its signatures. Without them it is what is signed and
 /// what the event id is the hash of.
+pub(crate) fn redacted(event: &Object, kind: &str, rules: &Rules, with_signatures: bool) -> String {
+    let mut out = String::with_capacity(event.text.len());
+    write_redacted(&mut out, event, kind, rules, with_signatures);
+    out
+}
+
+/// The same, at the end of `out`.
 pub(crate) fn write_redacted(
+    out: &mut String,
     event: &Object,
     kind: &str,
     rules: &Rules,
     with_signatures: bool,
-) -> String {
+) {
     let text = &event.text;
-    let mut out = String::with_capacity(text.len());
     out.push('{');
+    let empty = out.len();
     for member in &event.members {
         let key = member.key(text);
         if !keeps(key, rules) || (key == "signatures" && !with_signatures) {
             continue;
         }
-        if out.len() > 1 {
+        if out.len() > empty {
             out.push(',');
         }
         if key == "content" {
             out.push_str("\"content\":");
-            write_content(&mut out, member.value(text), kind, rules);
+            write_content(out, member.value(text), kind, rules);
         } else {
             out.push_str(member.whole(text));
         }
     }
     out.push('}');
-    out
 }
 
 fn write_content(out: &mut String, content: &str, kind: &str, rules: &Rules) {

@@ -57,7 +57,7 @@ const DONORS_MAX: usize = 4;
 /// From this share of ids missing on, `/state` is cheaper than single events (P-17).
 const MISSING_FOR_STATE_PERCENT: usize = 10;
 /// Events of one commit.
-pub(crate) const CHUNK: usize = 4000;
+pub(crate) const CHUNK: usize = 3000;
 /// Auth events asked for though no id list named them; somebody who makes up events could go on for ever.
 const UNNAMED_MAX: usize = 1000;
 /// Checks that run at the same time; while there are this many, no more of a body is taken.

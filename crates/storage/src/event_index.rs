@@ -39,7 +39,7 @@ pub fn add(c: &mut dyn Conn, room: RoomNid, events: &[(EventNid, &Pdu)]) -> Resu
             .as_ref()
             .filter(|_| &*pdu.kind == "m.room.redaction")
         {
-            c.execute(REDACTION, &[nid, target])?;
+            c.execute(REDACTION, &[nid, &**target])?;
         }
         // Most events relate to nothing and hold no text; those need no look inside.
         if pdu.content().contains("m.relates_to") {

@@ -204,7 +204,7 @@ fn send(queue: &Sender<Box<dyn Job>>, job: Box<dyn Job>) {
 /// Pages that a connection keeps. The writer comes back to the leaves of its indexes; readers find what they
 /// read again in our own caches, and the rest in the system's. A reader forgets all its pages when it meets a
 /// newer snapshot.
-const WRITER_CACHE_KB: i64 = 12 * 1024;
+const WRITER_CACHE_KB: i64 = 10 * 1024;
 const READER_CACHE_KB: i64 = 1024;
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {

@@ -745,7 +745,7 @@ impl Theirs {
             state_key: pdu.state_key.as_deref().map(str::to_owned),
             prev_events: pdu.prev_events.iter().map(id).collect(),
             auth_events: pdu.auth_events.iter().map(id).collect(),
-            redacts: pdu.redacts.as_ref().map(id),
+            redacts: pdu.redacts.as_deref().map(id),
             rejected,
         }
     }

@@ -287,7 +287,7 @@ pub fn pdu(version: RoomVersion, draft: &Draft, depth: i64) -> Pdu {
         auth_events: ids(&draft.auth),
         redacts: draft.content["redacts"]
             .as_str()
-            .map(|id| EventId::parse(id).unwrap()),
+            .map(|id| Box::new(EventId::parse(id).unwrap())),
         spans: Spans::of(&json),
         json: json.into(),
         redacted: false,
