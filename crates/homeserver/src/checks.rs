@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation::keys::Wanted;
+use federation::room_body::WINDOW_EVENTS;
 use protocol::pdu::Pdu;
 use protocol::room_version::RoomVersion;
 use protocol::signature::{self, SignatureError};
@@ -11,8 +12,8 @@ use room::effect::{BadPdu, Fault, RawPdu};
 
 use crate::Homeserver;
 
-/// PDUs of one verification batch; larger ones gain nothing more (they are the window of a body, too).
-const BATCH_MAX: usize = 3072;
+/// PDUs of one verification batch.
+const BATCH_MAX: usize = WINDOW_EVENTS;
 /// Events whose keys do not come by then are left out; the fetch goes on for the next time.
 const KEYS_DEADLINE: Duration = Duration::from_secs(15);
 

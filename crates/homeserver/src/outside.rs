@@ -2,6 +2,7 @@
 //! and history that they hold.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation::Direction;
 use protocol::id::{EventId, RoomId, ServerName, UserId};
@@ -76,8 +77,8 @@ impl Rooms<'_> {
         Ok(())
     }
 
-    /// Offers an owed leave to the servers that may hold our user as a member.
-    pub(crate) async fn pay_debt(&self, debt: &Debt) -> Result<()> {
+    /// Offers a leave, owed since then ([`Why::Owed`]), to the servers that may hold our user as a member.
+    pub(crate) async fn pay_debt(&self, debt: &Debt, since: Duration) -> Result<()> {
         // Not while a join of theirs runs; and who has come in since owes nothing.
         let lock = self.hs.handshakes().lock_of(&debt.room);
         let _no_join_meanwhile = lock.lock_owned().await;
@@ -93,7 +94,7 @@ impl Rooms<'_> {
                 job: debt.job,
                 candidates: [debt.via.as_slice(), &servers].concat(),
                 joins: debt.joins.clone(),
-                since: debt.since,
+                since,
             },
         };
         let machine = Leave::new(self.hs.own().clone(), request, self.hs.clock().now());

@@ -55,8 +55,6 @@ pub(crate) struct Debt {
     /// Who heard of the join from us.
     pub via: Vec<ServerName>,
     pub joins: Vec<EventId>,
-    /// See [`room::leave::Why::Owed`].
-    pub since: Duration,
 }
 
 /// Rooms that were partial at the start.
@@ -319,9 +317,9 @@ async fn pay_debts(hs: &Homeserver) {
         };
         let owed = debts_of(intents);
         since.retain(|job, _| owed.contains_key(job));
-        for (job, mut debt) in owed {
-            debt.since = *since.entry(job).or_insert(hs.clock().now().since_start);
-            if let Err(error) = hs.rooms().pay_debt(&debt).await {
+        for (job, debt) in owed {
+            let since = *since.entry(job).or_insert(hs.clock().now().since_start);
+            if let Err(error) = hs.rooms().pay_debt(&debt, since).await {
                 tracing::info!(room = %debt.room, user = %debt.user, %error, "an owed leave was not taken");
             }
         }
@@ -345,7 +343,6 @@ fn debts_of(intents: Vec<StoredIntent>) -> BTreeMap<i64, Debt> {
             user: intent.user,
             via: Vec::new(),
             joins: Vec::new(),
-            since: Duration::ZERO,
         });
         debt.via.push(intent.via);
         debt.joins.push(intent.event_id);
